@@ -89,7 +89,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     They cost 3 of a small grid's 6.5 processor seconds. The tests of both (test_sqlite_store.py, test_background.py) use the real ones.
     """
-    from cellbench.execution import experiment_run, runner
+    from cellbench.execution import experiment_run, result_logging
     from cellbench.tracking import sqlite_store
 
     empty, copy, keep = tmp_path_factory.mktemp("store") / "empty.db", sqlite_store._copy, sqlite_store._keep_as_template
@@ -103,7 +103,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sqlite_store, "_copy", lambda template, file: copy(template, file) or copy(empty, file))
         patch.setattr(sqlite_store, "_keep_as_template", keep_also_here)
-        for module in (experiment_run, runner):
+        for module in (experiment_run, result_logging):
             patch.setattr(module, "BackgroundCalls", lambda: drawing)
         yield
     drawing.end()

@@ -19,10 +19,9 @@ from cellbench.execution.claims import Outcome
 from cellbench.execution.experiment_run import plan_experiment, run_experiment
 from cellbench.execution.external import check_name, open_test_images, score_masks
 from cellbench.features.cache_admin import parse_cache
-from cellbench.inference.committee import open_experiment
 from cellbench.tracking import store_address
 from cellbench.tracking.store import newest_experiment
-from cellbench.tracking.tracker import Tracker
+from cellbench.tracking.tracker import Tracker, open_experiment
 
 Place = str | os.PathLike[str]
 """A path."""

@@ -17,10 +17,11 @@ from cellbench.data.audit.label_faults import LabelFault, LabelFaults, find_labe
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.errors import CellbenchError
 from cellbench.hardware import detect_hardware
-from cellbench.inference.committee import Committee, open_experiment
+from cellbench.inference.committee import Committee
 from cellbench.inference.segmenter import Prediction
 from cellbench.metrics.instances import merge_parts_into_objects, reference_instances
 from cellbench.models.backbones.weights import weights_folder
+from cellbench.tracking.tracker import open_experiment
 
 
 def open_judge(options: CheckOptions) -> Judge:

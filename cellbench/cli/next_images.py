@@ -17,10 +17,11 @@ from cellbench.errors import CellbenchError
 from cellbench.escaping import to_csv
 from cellbench.files import make_folder, write_atomic
 from cellbench.hardware import detect_hardware
-from cellbench.inference.committee import Committee, open_experiment
+from cellbench.inference.committee import Committee
 from cellbench.inference.labelling_order import Ranked, mask_spread, rank_images
 from cellbench.metrics.training_features import Descriptor
 from cellbench.models.backbones.weights import weights_folder
+from cellbench.tracking.tracker import open_experiment
 
 SHOWN = 15
 """Images in the terminal; the file lists all."""

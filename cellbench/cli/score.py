@@ -11,12 +11,11 @@ from cellbench.console import say
 from cellbench.data.count_truth import CountTruth
 from cellbench.data.loading import open_count_truth
 from cellbench.execution.external import check_name, count_masks, open_test_images, score_masks
-from cellbench.inference.committee import open_experiment
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.counts import describe_counts
 from cellbench.reporting.verdict import describe_external
 from cellbench.tracking.store import newest_experiment
-from cellbench.tracking.tracker import Tracker
+from cellbench.tracking.tracker import Tracker, open_experiment
 
 
 def score(options: ScoreOptions) -> int:

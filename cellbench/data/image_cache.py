@@ -5,19 +5,20 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
-from cellbench.data.cell_targets.catalog import TARGETS
 from cellbench.data.dataset import Dataset
 from cellbench.data.io.intensity import IntensityScaling
 from cellbench.data.regions import regions_of
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
-from cellbench.data.transforms.sampling import Box
 from cellbench.data.transforms.stain import KINDS, MOST_IMAGES, Normaliser
 from cellbench.metrics.instances import reference_instances
+
+if TYPE_CHECKING:
+    from cellbench.data.transforms.sampling import Box
 
 T = TypeVar("T", bound=tuple[np.ndarray, ...])
 
@@ -78,6 +79,8 @@ class ImageCache:
 
     def cell_target(self, index: int, framing: Framing, name: str) -> np.ndarray:
         """A cell target of the framed image, (H', W', A) uint8, by its name in ``cellbench.data.cell_targets.catalog``."""
+        from cellbench.data.cell_targets.catalog import TARGETS  # imports torch, for their losses
+
         target = TARGETS[name]
         assert target is not None
         encode = target.encode

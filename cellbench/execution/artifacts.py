@@ -8,12 +8,11 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tomli_w
 from safetensors.numpy import save as save_arrays
-from safetensors.torch import save
 
 from cellbench import system_load
 from cellbench.config.experiment import Experiment
@@ -23,7 +22,6 @@ from cellbench.data.image_cache import ImageCache
 from cellbench.data.io.images import thumbnail
 from cellbench.data.loading import pool_folds
 from cellbench.data.transforms.preprocessing import Preparation
-from cellbench.data.transforms.sampling import num_used_images
 from cellbench.escaping import escape_markdown
 from cellbench.metrics import catalog
 from cellbench.metrics.boundary import TOLERANCE_PX
@@ -39,7 +37,9 @@ from cellbench.statistics.bootstrap import ROUGH_BELOW, mean_interval, unit_labe
 from cellbench.tracking import ui_view
 from cellbench.tracking.schema import CALIBRATION, NOTE, SEEN, TABLES, TRAINING_FEATURES
 from cellbench.training.evaluator import RunEvaluation
-from cellbench.training.trainer import HeadTrainer
+
+if TYPE_CHECKING:
+    from cellbench.training.trainer import HeadTrainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,11 @@ def write_artifacts(
     """
     if seen is not None:
         (folder / SEEN).write_text(json.dumps(seen), encoding="utf-8")
-    num_train = num_used_images(len(datasets[run.fold].train), run.fraction) if result.trainer is not None else None
+    num_train = None
+    if result.trainer is not None:
+        from cellbench.data.transforms.sampling import num_used_images  # imports torch, which masks of another tool do without
+
+        num_train = num_used_images(len(datasets[run.fold].train), run.fraction)
     write_scores(folder, run.fold, experiment.data.folds, datasets, result, num_train)
     (folder / "config.toml").write_text(tomli_w.dumps(single_run_experiment(run, experiment)), encoding="utf-8")
     write_separation(folder, result)
@@ -161,6 +165,8 @@ def write_artifacts(
     if result.preparation is not None:
         (folder / "preparation.json").write_text(json.dumps(result.preparation.to_dict()), encoding="utf-8")
     if result.trainer is not None:
+        from safetensors.torch import save
+
         # safetensors' own function writes files that only their owner may read.
         (folder / "head.safetensors").write_bytes(save({key: x.contiguous() for key, x in result.trainer.best_weights.items()}))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -85,6 +86,8 @@ class ResultLogging:
     def settle(self) -> None:
         """Waits until all evaluated runs are logged, and raises what went wrong."""
         under_way, self._under_way = self._under_way, []
+        if under_way:
+            importlib.import_module("cellbench.reporting.sections")  # meanwhile: the report comes next
         wait(under_way)
         for job in under_way:
             job.result()

@@ -49,7 +49,7 @@ from cellbench.tracking.offline_queue import CallRejectedError
 from cellbench.tracking.schema import RunRecord, RunState
 from cellbench.tracking.tracker import Tracker
 from cellbench.training import checkpoints
-from cellbench.training.evaluator import CohortEvaluator, score_validation
+from cellbench.training.evaluator import CohortEvaluator
 from cellbench.training.fit import fit
 from cellbench.training.measured_cost import inference_speeds, latencies_ms, load_metric, reset_timers, training_cost
 from cellbench.training.memory_check import why_frames_too_large
@@ -57,7 +57,7 @@ from cellbench.training.model import build_model
 from cellbench.training.tiled_inference import score_images
 from cellbench.training.trainer import HeadTrainer
 from cellbench.training.training_features import describe_training_images
-from cellbench.training.validation_tuning import tune_on_validation
+from cellbench.training.validation_tuning import score_validation, tune_on_validation
 
 MAX_HALVINGS = 3
 """How often the number of tiles per backbone call may be halved when memory runs out."""

@@ -23,8 +23,6 @@ from cellbench.inference.segmenter import Prediction, Segmenter
 from cellbench.metrics.training_features import TrainingFeatures
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet
-from cellbench.tracking import store_address
-from cellbench.tracking.store import newest_experiment
 from cellbench.tracking.tracker import Tracker
 
 MOST = 5
@@ -53,15 +51,6 @@ class NewImages:
     training_features: Sequence[TrainingFeatures]
     """Of the training images of each fold."""
     predictions: Iterator[tuple[Sample, list[Prediction] | CellbenchError]]
-
-
-def open_experiment(name: str | None) -> Tracker:
-    """The experiment of this name, or the one with the newest finished run. Raises CellbenchError."""
-    store_address.require_store()
-    name = name or newest_experiment(whole=True)
-    if not name:
-        raise CellbenchError("no experiment in MLflow's store has a finished run. `cellbench grid --data DIR` makes some.")
-    return Tracker(name, make=False)
 
 
 def choose_members(here: TestSet, asked: Callable[[ModelGroup], bool] = lambda model: True) -> list[Member]:

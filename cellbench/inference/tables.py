@@ -16,7 +16,6 @@ from cellbench.data.io.png_stream import read_png_text
 from cellbench.data.regions import region_masks
 from cellbench.escaping import to_csv
 from cellbench.files import write_atomic
-from cellbench.inference.polygons import to_coco
 from cellbench.inference.writers import CELLS, GEOJSON, INSTANCES, LEFT_OUT, TRUST, OutputFormats, find_masks, output_path, region_file
 from cellbench.metrics.measurements import count_by_class, density
 
@@ -73,6 +72,7 @@ def write_tables(
 
 def write_coco(masks: Sequence[ExistingMask], out: Path, names: tuple[str, ...]) -> Path:
     """One file for all images with outlines. Images are named with their folders below the one given."""
+    from cellbench.inference.polygons import to_coco  # imports shapely
 
     def outlines() -> Iterator[tuple[str, tuple[int, int], dict[str, Any]]]:
         for mask in masks:

@@ -28,7 +28,6 @@ from cellbench.data.regions import REGION_SUFFIXES
 from cellbench.errors import CellbenchError
 from cellbench.files import make_folder, os_errors_as, write_atomic
 from cellbench.inference.pipeline import MaskStrip, join_strips
-from cellbench.inference.polygons import cell_outlines, to_geojson
 from cellbench.liveness import is_alive, owner_as_file_name, owner_of_file_name, this_owner
 from cellbench.metrics.instances import Instances
 from cellbench.metrics.measurements import measure_cells
@@ -254,6 +253,8 @@ class PredictionWriter:
 
     def _collection(self, cells: Instances) -> bytes:
         """GeoJSON of the cells, one on a line."""
+        from cellbench.inference.polygons import cell_outlines, to_geojson  # imports shapely
+
         trust = self._strips[-1].trust
         known = trust.facts | ({"looks": trust.word} if trust.word else {})
         features = ",\n".join(json.dumps(to_geojson(cell, self._names, known), separators=(",", ":")) for cell in cell_outlines(cells))

@@ -15,11 +15,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cellbench.background import BackgroundCalls
 from cellbench.config.loading import CHANGED
-from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import file_name
 from cellbench.metrics import catalog
@@ -34,6 +33,9 @@ from cellbench.tracking.client import command_line
 from cellbench.tracking.open_run import Run
 from cellbench.tracking.schema import NOTE, to_record
 from cellbench.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from cellbench.data.dataset import Dataset
 
 SUMMARY_FILE = "leaderboard.json"
 REPORTED_RUNS = "cellbench.concluded"

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cellbench import startup
 from cellbench.config.experiment import Experiment
 from cellbench.config.loading import read_space
 from cellbench.config.options import SearchOptions
@@ -206,6 +207,7 @@ class SearchSession:
 def search(plan: SearchPlan, options: SearchOptions, stop: StopRequest) -> int:
     """Runs a search. Returns exit code 0, 130 after Ctrl-C, or 1 if a run of the test failed."""
     with _open(plan, options) as session:
+        startup.freeze_imports()  # of torch and MLflow
         try:
             num = plan.space.settings.trials
             with SearchProgress(num, num - session.num_left, say) as session.worker.progress:

@@ -7,7 +7,6 @@ from pathlib import Path
 import tomli_w
 
 from cellbench.config.search_space import Space
-from cellbench.search.plots import write_trials
 from cellbench.search.study import CompletedTrial, Study
 from cellbench.temporary import TemporaryFolder
 from cellbench.tracking.open_run import Run
@@ -39,6 +38,8 @@ def sync_study(study: Study, tracker: Tracker) -> list[str]:
 
 def log_progress(space: Space, study: Study, run: Run) -> None:
     """Logs the state of the study to its parent run: curves, plots, the table of trials, and the best setting as a file for ``grid``."""
+    from cellbench.search.plots import write_trials  # imports matplotlib
+
     trials, best = study.trials(), study.best()
     sign, record = (1 if space.directions[0] == "maximize" else -1), None
     for t in trials:

@@ -42,7 +42,7 @@ from cellbench.tracking.schema import (
     RunState,
     to_record,
 )
-from cellbench.tracking.store import open_store, pages
+from cellbench.tracking.store import newest_experiment, open_store, pages
 from cellbench.tracking.store_lock import store_lock
 
 MAX_IDS_PER_SEARCH, MAX_SEARCHES = 200, 30
@@ -210,14 +210,6 @@ class Tracker:
         where = "here" if store_address.store_file(uri) is not None else f"with MLFLOW_TRACKING_URI={redact_passwords(uri)}"
         return f"experiment '{self.name}': `cellbench ui` {where} prints the address of its leaderboard"
 
-    def _context_tags(self) -> dict[str, str]:
-        """MLflow's tags of who runs what: the user, the program, its commit. A process that has no IPython is in no notebook, and MLflow need not import it."""
-        from mlflow.tracking.context import jupyter_notebook_context, registry
-
-        ignored: list[Any] = [] if "IPython" in sys.modules else [jupyter_notebook_context.JupyterNotebookRunContext]
-        tags: dict[str, str] = registry.resolve_tags(ignore=ignored)
-        return tags
-
     @contextlib.contextmanager
     def run(
         self, name: str, fingerprint: str, *, parent: str = "", known: RunState | None = None, tags: Mapping[str, str] | None = None
@@ -234,7 +226,7 @@ class Tracker:
         if parent:
             all_tags[PARENT] = parent
         if known is None:
-            context = self._context_tags()
+            context = _context_tags()
             run_id = self.client.create_run(self.experiment_id, run_name=name, tags={**context, **all_tags}).info.run_id
         else:
             run_id = known.run_id
@@ -289,3 +281,29 @@ class Tracker:
 def _path(uri: str) -> str:
     """The path of a ``file:`` URI, or of a plain path."""
     return url2pathname(urlparse(uri).path) if uri.startswith("file:") else uri
+
+
+def open_experiment(name: str | None) -> Tracker:
+    """The experiment of this name, or the one with the newest finished run. Raises CellbenchError."""
+    store_address.require_store()
+    name = name or newest_experiment(whole=True)
+    if not name:
+        raise CellbenchError("no experiment in MLflow's store has a finished run. `cellbench grid --data DIR` makes some.")
+    return Tracker(name, make=False)
+
+
+def _context_tags() -> dict[str, str]:
+    """MLflow's tags of a new run: its user, its program, the commit of that. What cannot be there is not imported to find that out."""
+    from mlflow.tracking.context import git_context, registry
+
+    in_repository = any((folder / ".git").exists() for folder in Path(sys.argv[0]).absolute().parents)
+    no_notebook = "IPython" not in sys.modules
+    if no_notebook:
+        sys.modules["IPython"] = None  # type: ignore[assignment]  # import IPython fails, and for MLflow this is no notebook: 108 modules less
+    try:
+        ignored: list[Any] = [] if in_repository else [git_context.GitRunContext]
+        tags: dict[str, str] = registry.resolve_tags(ignore=ignored)
+    finally:
+        if no_notebook:
+            del sys.modules["IPython"]
+    return tags

@@ -20,7 +20,6 @@ from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.io.images import thumbnail
 from cellbench.data.regions import regions_of
 from cellbench.errors import blaming
-from cellbench.features.extractor import Features
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import Calibration, histogram, true_dice
 from cellbench.metrics.catalog import Metric, ScoredImage
@@ -29,11 +28,8 @@ from cellbench.metrics.counting import CountRow, PlacedCells, count_rows
 from cellbench.metrics.instance import COUNTS, CellOutcomes, CellPairs, InstanceScores, ReferenceMask, scores_of_pairs
 from cellbench.metrics.instances import reference_instances
 from cellbench.metrics.measurements import part_classes
-from cellbench.metrics.pixel import nan_mean, per_image_scores
+from cellbench.metrics.pixel import per_image_scores
 from cellbench.metrics.separation import CONNECTED, SeparationParams
-from cellbench.training.model import SegmentationModel
-from cellbench.training.separation_tuning import tune_separation
-from cellbench.training.tiled_inference import score_images
 
 BINS = 20
 """Bins of the reliability diagram."""
@@ -342,19 +338,3 @@ class CohortEvaluator:
         names = {k: name for k, name in enumerate(data.classes) if k and k not in parts and k not in data.unused}
         there, predicted = PlacedCells.of(pairs.truth), PlacedCells.of(pairs.found)
         return count_rows(sample.name, there, predicted, names, regions_of(sample.regions))
-
-
-def score_validation(
-    models: Sequence[SegmentationModel], features: Features, dataset: Dataset, metrics: Sequence[Metric]
-) -> list[dict[str, float]]:
-    """The mean of each of the user's metrics over the validation images, by model. A metric without any score is left out.
-
-    Takes one pass over the validation images, or none without metrics.
-    """
-    if not metrics:
-        return [{} for _ in models]
-    with CohortEvaluator(dataset, len(models), tune_separation(models, features, dataset), metrics, "val") as evaluator:
-        for image, counts, answers in score_images(models, features, "val"):
-            evaluator.add_image(image, features.pixels["val"][image][1], counts, [(one.classes, one.cell, one.fields) for one in answers])
-    found = [{metric.key: nan_mean(evaluation.per_image()[metric.key]) for metric in metrics} for evaluation in evaluator.evaluations]
-    return [{key: value for key, value in scores.items() if not math.isnan(value)} for scores in found]

@@ -1,7 +1,11 @@
-"""What is tuned for each run on its own predictions for the validation images: how it adapts, then in one pass the separation and the calibration."""
+"""What is tuned for each run on its own predictions for the validation images: how it adapts, then in one pass the separation and the calibration.
+
+Also the scores of the user's metrics on these images.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,11 +14,14 @@ import numpy as np
 from cellbench.data.dataset import Dataset
 from cellbench.features.extractor import Features
 from cellbench.metrics.calibration import Calibration, histogram
+from cellbench.metrics.catalog import Metric
+from cellbench.metrics.pixel import nan_mean
 from cellbench.metrics.separation import SeparationParams
 from cellbench.training.adaptation import tune_edges, tune_shares
+from cellbench.training.evaluator import CohortEvaluator
 from cellbench.training.model import SegmentationModel
 from cellbench.training.separation_tuning import tune_separation
-from cellbench.training.tiled_inference import SegmentedImage
+from cellbench.training.tiled_inference import SegmentedImage, score_images
 
 
 def tune_on_validation(
@@ -34,3 +41,19 @@ def tune_on_validation(
     return separations, [
         replace(Calibration.of(own), own_share=share, edge_share=edge) for own, share, edge in zip(histograms, shares, edges, strict=True)
     ]
+
+
+def score_validation(
+    models: Sequence[SegmentationModel], features: Features, dataset: Dataset, metrics: Sequence[Metric]
+) -> list[dict[str, float]]:
+    """The mean of each of the user's metrics over the validation images, by model. A metric without any score is left out.
+
+    Takes one pass over the validation images, or none without metrics.
+    """
+    if not metrics:
+        return [{} for _ in models]
+    with CohortEvaluator(dataset, len(models), tune_separation(models, features, dataset), metrics, "val") as evaluator:
+        for image, counts, answers in score_images(models, features, "val"):
+            evaluator.add_image(image, features.pixels["val"][image][1], counts, [(one.classes, one.cell, one.fields) for one in answers])
+    found = [{metric.key: nan_mean(evaluation.per_image()[metric.key]) for metric in metrics} for evaluation in evaluator.evaluations]
+    return [{key: value for key, value in scores.items() if not math.isnan(value)} for scores in found]
