@@ -32,7 +32,8 @@ from cellbench.metrics.separation import CONNECTED
 from cellbench.metrics.training_features import TrainingFeatures
 from cellbench.reporting import verdict
 from cellbench.reporting.collect import collect_runs
-from cellbench.reporting.model_groups import describe_limit, describe_sizes, name_words
+from cellbench.reporting.grouping import name_words
+from cellbench.reporting.model_groups import describe_limit, describe_sizes
 from cellbench.tracking import store_address
 from cellbench.tracking.schema import CALIBRATION, EVALUATION, LIMIT, MEMBERS, SEEN, TRAINING_FEATURES, WEIGHTS, RunRecord
 from cellbench.tracking.store import all_experiments, experiment_of, newest_experiment

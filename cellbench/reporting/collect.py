@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cellbench.errors import CellbenchError, one_line
-from cellbench.reporting.model_groups import FinishedRun, TestSet, group_models
+from cellbench.reporting.grouping import group_models
+from cellbench.reporting.model_groups import FinishedRun, TestSet
 from cellbench.reporting.shift import read_further
 from cellbench.reporting.stored_records import odd_settings, read_request, read_scores
 from cellbench.tracking.schema import COUNTED, DATA, EVALUATION, SHIFT_TESTS, TESTED, RunRecord

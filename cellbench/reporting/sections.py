@@ -29,7 +29,8 @@ from cellbench.reporting.leaderboard import (
     outcome_rows,
 )
 from cellbench.reporting.learning_curves import LearningCurve, learning_curves
-from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, plot_rows
+from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet
+from cellbench.reporting.plot_rows import plot_rows
 from cellbench.reporting.render import PLACE
 from cellbench.reporting.report_data import Block, Figure, Heading, ReportData, Section, StoredImage, Table, Text
 from cellbench.reporting.shift import shift_of

@@ -13,8 +13,8 @@ import pytest
 from finished_runs import finished_run, per_image_scores
 
 from cellbench import system_load
+from cellbench.reporting.grouping import group_models
 from cellbench.reporting.leaderboard import leaderboard_rows
-from cellbench.reporting.model_groups import group_models
 from cellbench.reporting.verdict import describe_costs_load
 from cellbench.system_load import SystemLoad
 from cellbench.training import measured_cost

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, SymmetricalLogLocator
 
-from cellbench.reporting.model_groups import PlotRow
+from cellbench.reporting.plot_rows import PlotRow
 from cellbench.reporting.plots.style import (
     GREY_TEXT,
     NARROW_IN,

@@ -20,7 +20,7 @@ from cellbench.execution.artifacts import EvaluationResult
 from cellbench.metrics.instance import ReferenceMask
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.metrics.separation import CONNECTED, SeparationParams
-from cellbench.reporting.model_groups import group_models
+from cellbench.reporting.grouping import group_models
 from cellbench.training.evaluator import CANDIDATES, CohortEvaluator, ExampleKeeper
 
 

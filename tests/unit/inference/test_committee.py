@@ -5,7 +5,7 @@ from __future__ import annotations
 from finished_runs import finished_run, per_image_scores
 
 from cellbench.inference.committee import MOST, choose_members
-from cellbench.reporting.model_groups import group_models
+from cellbench.reporting.grouping import group_models
 
 
 def members(means: dict[str, float], seeds: int = 1, folds: int = 0) -> list[tuple[str, int]]:

@@ -6,7 +6,8 @@ from finished_runs import finished_run, per_image_scores
 
 from cellbench.reporting.collect import ExperimentResults
 from cellbench.reporting.counts import agreement_row
-from cellbench.reporting.model_groups import FinishedRun, group_models
+from cellbench.reporting.grouping import group_models
+from cellbench.reporting.model_groups import FinishedRun
 from cellbench.reporting.sections import build_report
 from cellbench.statistics.agreement import agreement
 

@@ -14,7 +14,8 @@ from cellbench.reporting.decisions import (
     describe_validation_choice,
     images_needed,
 )
-from cellbench.reporting.model_groups import FinishedRun, TestSet, group_models
+from cellbench.reporting.grouping import group_models
+from cellbench.reporting.model_groups import FinishedRun, TestSet
 from cellbench.reporting.verdict import describe_best, describe_evidence, describe_external
 from cellbench.statistics.power import power_of
 from cellbench.tracking.schema import RunRecord

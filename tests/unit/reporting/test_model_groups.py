@@ -8,7 +8,8 @@ from finished_runs import IMAGES, finished_run, per_image_scores
 
 from cellbench.metrics.pixel import pixel_scores
 from cellbench.reporting import model_groups
-from cellbench.reporting.model_groups import FinishedRun, group_models
+from cellbench.reporting.grouping import group_models
+from cellbench.reporting.model_groups import FinishedRun
 from cellbench.statistics.bootstrap import mean_interval
 from cellbench.statistics.comparison import compare_all
 from cellbench.statistics.scores import ModelScores

@@ -13,7 +13,7 @@ from cellbench.metrics import catalog
 from cellbench.metrics.calibration import expected_calibration_error
 from cellbench.metrics.instance import OUTCOMES, CellOutcomes, CellPairs
 from cellbench.metrics.instances import connected_instances
-from cellbench.reporting.model_groups import PlotRow
+from cellbench.reporting.plot_rows import PlotRow
 from cellbench.reporting.plots import comparison as comparison_plots
 from cellbench.reporting.plots import example, style
 from cellbench.reporting.plots import run as run_plots

@@ -24,8 +24,9 @@ from cellbench.execution.artifacts import round_metric
 from cellbench.inference import run_lookup
 from cellbench.metrics import catalog
 from cellbench.reporting.collect import RunRequest, collect_runs
+from cellbench.reporting.grouping import group_models
 from cellbench.reporting.leaderboard import LeaderboardRow, leaderboard_rows, terminal_table, to_json
-from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet, group_models
+from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet
 from cellbench.reporting.render import to_html
 from cellbench.reporting.report import REPORTED_RUNS, report_dir, write_report
 from cellbench.reporting.report_data import draw

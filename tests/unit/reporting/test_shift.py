@@ -13,8 +13,9 @@ from finished_runs import finished_run, per_image_scores
 from PIL import Image
 
 from cellbench.reporting.collect import ExperimentResults
+from cellbench.reporting.grouping import group_models
 from cellbench.reporting.leaderboard import LeaderboardRow, format_row, leaderboard_rows, terminal_table, to_json
-from cellbench.reporting.model_groups import FinishedRun, TestSet, group_models
+from cellbench.reporting.model_groups import FinishedRun, TestSet
 from cellbench.reporting.report_data import Heading
 from cellbench.reporting.sections import build_report
 from cellbench.reporting.shift import read_further, shift_of
