@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from cellbench.training.model import SegmentationModel
 from cellbench.training.test_time import inverse, turn_back, turned_batches
 
 ValidationCallback = Callable[[int, Tensor, Batch], None]
+GROUP_BYTES = 2**30
+"""Of the predictions for a batch of tiles by all models that are joined together, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +80,10 @@ def to_uint8(share_HW: Tensor) -> Tensor:
 
 
 def argmax_classes(foreground_KHW: Tensor) -> Tensor:
-    """The class numbers (H, W) uint8 of blended foreground probabilities (K-1, H, W); a tie goes to the lower number."""
-    if len(foreground_KHW) == 1:
-        return (foreground_KHW[0] > 0.5).byte()
-    return torch.cat([1 - foreground_KHW.sum(0, keepdim=True), foreground_KHW]).argmax(0).byte()
+    """The class numbers (..., H, W) uint8 of blended foreground probabilities (..., K-1, H, W); a tie goes to the lower number."""
+    if foreground_KHW.shape[-3] == 1:
+        return (foreground_KHW[..., 0, :, :] > 0.5).byte()
+    return torch.cat([1 - foreground_KHW.sum(-3, keepdim=True), foreground_KHW], -3).argmax(-3).byte()
 
 
 def segment_images(
@@ -91,62 +94,89 @@ def segment_images(
     ``by_class``: with the probability of each class.
     """
     with WorkerPool(features.backbone.machine.lanes) as pool:
-        stitchers = [_ImageStitcher(model.eval(), features, split, by_class=by_class) for model in models]
+        stitchers = [_ImageStitcher(group, features, split, by_class=by_class) for group in _groups(models, features, split)]
         codes = tuple(sorted({code for model in models for code in model.tta_codes}))
         done, missing = 0, len(features.grid(split, 0))
         for batch, images in features.tiles(split, pool):
-            found: list[list[SegmentedImage]] = [[] for _ in models]
             for code, turned, spent in turned_batches(batch, features.backbone, codes, pool):
-                users = [k for k, model in enumerate(models) if code in model.tta_codes]
-                works = [functools.partial(stitchers[k].add, turned, images, code, spent) for k in users]
-                for k, answers in zip(users, pool.run_all(works, [models[k].seconds for k in users]), strict=True):
-                    found[k] += answers
+                users = [one for one in stitchers if code in one.codes]
+                pool.run_all([functools.partial(one.add, turned, images, code, spent) for one in users], [one.seconds for one in users])
             missing -= len(images)
             while missing <= 0 and done < len(features.pixels[split]):
-                yield done, [answers.pop(0) for answers in found]
+                found = {id(model): answer for one in stitchers for model, answer in one.finished.popleft()}
+                yield done, [found[id(model)] for model in models]
                 done += 1
                 missing += len(features.grid(split, done)) if done < len(features.pixels[split]) else 0
 
 
-class _ImageStitcher:
-    """Builds one model's predictions, image by image, from bands that are completed as their tiles arrive."""
+def _groups(models: Sequence[SegmentationModel], features: Features, split: str) -> list[list[SegmentationModel]]:
+    """Models whose predictions are joined together, because for a GPU each operation costs the same for one model or ten.
 
-    def __init__(self, model: SegmentationModel, features: Features, split: str, *, by_class: bool = False) -> None:
-        self._model, self._features, self._split, self._by_class = model, features, split, by_class
-        self._now, self._num = -1, model.num_classes - 1
+    Where several threads compute, each joins those of one model.
+    """
+    by_shape: dict[tuple[Any, ...], list[SegmentationModel]] = {}
+    for k, model in enumerate(models):
+        alone = k if features.backbone.machine.lanes > 1 else -1
+        by_shape.setdefault((alone, model.num_classes, model.num_fields, model.tta_codes), []).append(model)
+    tall, wide = features.tile_px[split]
+    groups = []
+    for (_, num_classes, num_fields, _), alike in by_shape.items():
+        most = max(1, GROUP_BYTES // (4 * features.backbone.chunk * (num_classes - 1 + num_fields) * tall * wide))
+        groups += [alike[k : k + most] for k in range(0, len(alike), most)]
+    return groups
+
+
+class _ImageStitcher:
+    """Builds the predictions of models of one shape, image by image, from bands that are completed as their tiles arrive. M models."""
+
+    def __init__(self, models: Sequence[SegmentationModel], features: Features, split: str, *, by_class: bool = False) -> None:
+        self._models, self._features, self._split, self._by_class = [model.eval() for model in models], features, split, by_class
+        self.codes, self._num, self._num_fields = models[0].tta_codes, models[0].num_classes - 1, models[0].num_fields
+        self.finished: deque[list[tuple[SegmentationModel, SegmentedImage]]] = deque()
+        """The predictions of complete images, in order."""
+        self._now = -1
         self._sum_BKTT = torch.empty(0)  # of the poses so far
 
-    def add(self, batch: Batch, images: list[int], code: int, spent: Spent) -> list[SegmentedImage]:
-        """Adds the next tiles in one of the model's poses, with the image number of each. Returns the completed predictions.
+    @property
+    def seconds(self) -> float:
+        return sum(model.seconds for model in self._models)
 
-        ``spent``: the time of the pose's maps.
-        """
-        start, start_cpu, done = time.perf_counter(), time.thread_time(), []
+    def add(self, batch: Batch, images: list[int], code: int, spent: Spent) -> None:
+        """Adds the next tiles in one of the models' poses, with the image number of each. ``spent``: the time of the pose's maps."""
         with torch.inference_mode():
-            with self._features.backbone.machine.autocast():
-                logits_BKTT = self._model.decode(batch)
-            found_BKTT = output_channels(logits_BKTT, self._model, code) / len(self._model.tta_codes)
+            found = [self._decoded(model, batch, code, spent) for model in self._models]
+            start, start_cpu = time.perf_counter(), time.thread_time()
+            found_BKTT = found[0] if len(found) == 1 else torch.cat(found, 1)
             self._sum_BKTT = found_BKTT if code == 0 else self._sum_BKTT + found_BKTT
-            for image in dict.fromkeys(images) if code == self._model.tta_codes[-1] else ():
+            for image in dict.fromkeys(images) if code == self.codes[-1] else ():
                 if image != self._now:
                     self._begin(image)
                 mine = [k for k, other in enumerate(images) if other == image]
                 self._draw(self._sum_BKTT[mine[0] : mine[-1] + 1])
                 if not self._missing:
-                    done.append(self._answer())
-        self._model.seconds += time.perf_counter() - start + spent.wall_s
-        self._model.cpu_seconds += time.thread_time() - start_cpu + spent.cpu_s
-        return done
+                    self.finished.append(self._answers())
+        for model in self._models:
+            model.seconds += (time.perf_counter() - start) / len(self._models)
+            model.cpu_seconds += (time.thread_time() - start_cpu) / len(self._models)
+
+    def _decoded(self, model: SegmentationModel, batch: Batch, code: int, spent: Spent) -> Tensor:
+        start, start_cpu = time.perf_counter(), time.thread_time()
+        with self._features.backbone.machine.autocast():
+            logits_BKTT = model.decode(batch)
+        found_BKTT = output_channels(logits_BKTT, model, code) / len(self.codes)
+        model.seconds += time.perf_counter() - start + spent.wall_s
+        model.cpu_seconds += time.thread_time() - start_cpu + spent.cpu_s
+        return found_BKTT
 
     def _begin(self, image: int) -> None:
         self._grid, self._size_px = self._features.grid(self._split, image), self._features.pixels[self._split].sizes_px[image]
         self._now, self._missing = image, len(self._grid)
-        device, num_fields = self._features.backbone.machine.device, self._model.num_fields
+        device, num_models = self._features.backbone.machine.device, len(self._models)
         # On the device until the image is complete: one copy per image.
-        self._maps = torch.empty(2 + num_fields, *self._size_px, dtype=torch.uint8, device=device)
-        self._foreground = torch.empty(self._num if self._by_class else 0, *self._size_px, dtype=torch.uint8, device=device)
-        self._finite = torch.ones((), dtype=torch.bool, device=device)
-        self._stitcher = Stitcher(self._grid, self._num + num_fields, device)
+        channels = 2 + self._num_fields + (self._num if self._by_class else 0)
+        self._maps_MKHW = torch.empty(num_models, channels, *self._size_px, dtype=torch.uint8, device=device)
+        self._finite_M = torch.ones(num_models, dtype=torch.bool, device=device)
+        self._stitcher = Stitcher(self._grid, num_models * (self._num + self._num_fields), device)
         self._bands: list[Tensor] = []
 
     def _draw(self, found_BKTT: Tensor) -> None:
@@ -162,26 +192,31 @@ class _ImageStitcher:
 
     def _write(self, y: int, band_KHW: Tensor) -> None:
         rows = slice(y, y + band_KHW.shape[1])
-        self._finite &= torch.isfinite(band_KHW).all()
-        self._maps[0, rows] = argmax_classes(band_KHW[: self._num])
-        self._maps[1, rows] = to_uint8(band_KHW[: self._num].sum(0))
-        if self._by_class:
-            self._foreground[:, rows] = to_uint8(band_KHW[: self._num])
-        if len(self._maps) > 2:
-            self._maps[2:, rows] = to_uint8(band_KHW[self._num :])
+        band_MKHW = band_KHW.unflatten(0, (len(self._models), -1))
+        foreground, maps = band_MKHW[:, : self._num], self._maps_MKHW
+        self._finite_M &= torch.isfinite(band_MKHW).flatten(1).all(1)
+        maps[:, 0, rows] = argmax_classes(foreground)
+        maps[:, 1, rows] = to_uint8(foreground.sum(1))
+        rest = band_MKHW[:, self._num :] if not self._by_class else torch.cat([band_MKHW[:, self._num :], foreground], 1)
+        if rest.shape[1]:
+            maps[:, 2:, rows] = to_uint8(rest)
 
-    def _answer(self) -> SegmentedImage:
-        maps, foreground = self._maps.cpu().numpy(), self._foreground.cpu().numpy()
-        if self._model.edge_share:
-            dropped = small_edge_regions(maps[0], self._model.edge_share)
-            maps[:2, dropped], foreground[:, dropped] = 0, 0
-        return SegmentedImage(
-            classes=maps[0],
-            cell=maps[1],
-            fields=maps[2:] if len(maps) > 2 else None,
-            foreground=foreground if self._by_class else None,
-            finite=bool(self._finite),
-        )
+    def _answers(self) -> list[tuple[SegmentationModel, SegmentedImage]]:
+        maps_MKHW, finite_M, out = self._maps_MKHW.cpu().numpy(), self._finite_M.tolist(), []
+        for model, maps, finite in zip(self._models, maps_MKHW, finite_M, strict=True):
+            fields, foreground = maps[2 : 2 + self._num_fields], maps[2 + self._num_fields :]
+            if model.edge_share:
+                dropped = small_edge_regions(maps[0], model.edge_share)
+                maps[:2, dropped], foreground[:, dropped] = 0, 0
+            answer = SegmentedImage(
+                classes=maps[0],
+                cell=maps[1],
+                fields=fields if self._num_fields else None,
+                foreground=foreground if self._by_class else None,
+                finite=finite,
+            )
+            out.append((model, answer))
+        return out
 
 
 def score_images(

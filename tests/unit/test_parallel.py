@@ -10,6 +10,7 @@ import pytest
 from cohorts import FP32, dataset_of, features_of, fitted, run_of, same, trainers_of
 
 from cellbench.parallel import WorkerPool
+from cellbench.training import tiled_inference
 from cellbench.training.tiled_inference import segment_images
 
 TWO = replace(FP32, lanes=2)
@@ -63,14 +64,28 @@ def test_runs_train_the_same_with_two_threads_as_with_one(small_folder, settings
 
 
 @pytest.mark.slow
-def test_images_are_segmented_the_same_with_two_threads_as_with_one(small_folder):
+def test_images_are_segmented_the_same_with_two_threads_as_with_one(small_folder, monkeypatch):
+    """One thread joins the predictions of models of one shape together, here of two heads and of three settings of another one."""
     dataset = dataset_of(small_folder)
-    runs = [run_of("bilinear"), run_of("detail")]
+    runs = [
+        run_of("bilinear"),
+        *(run_of("fpn", targets="cell+distance", seed=seed) for seed in range(3)),
+        run_of("detail"),
+        run_of("fpn", tta="d4"),
+    ]
     answers = []
-    for machine in (FP32, TWO):
+    for machine, most_bytes in ((FP32, 2**30), (FP32, 1), (TWO, 2**30)):
+        monkeypatch.setattr(tiled_inference, "GROUP_BYTES", most_bytes)
         features = features_of(dataset, runs, machine=machine)
         models = [trainer.model for trainer in trainers_of(dataset, runs, features)]
-        answers.append(list(segment_images(models, features, "test")))
-    for (index, found), (other, again) in zip(*answers, strict=True):
-        assert index == other
-        assert all(np.array_equal(a.cell, b.cell) for a, b in zip(found, again, strict=True))
+        answers.append(list(segment_images(models, features, "test", by_class=True)))
+    for (index, found), *others in zip(*answers, strict=True):
+        assert len({one.cell.tobytes() for one in found}) == len(runs)
+        for other, again in others:
+            assert index == other
+            for a, b in zip(found, again, strict=True):
+                assert a.finite
+                assert b.finite
+                assert all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("classes", "cell", "fields", "foreground"))
+        assert [one.fields is not None for one in found] == [False, True, True, True, False, False]
+        assert all(one.foreground is not None for one in found)

@@ -8,6 +8,7 @@ Letters: C classes, H x W image, T x T tile; a tile need not be square.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -118,34 +119,42 @@ class Stitcher:
     """
 
     def __init__(self, grid: TileGrid, num_classes: int, device: torch.device | str = "cpu") -> None:
-        self._grid = grid
-        rows, columns = grid.weights
-        self._rows, self._columns = rows.to(device), columns.to(device)
-        width = max(grid.width_px, grid.tile_px[1])
         import torch
 
-        self._sum_CTW = torch.zeros(num_classes, grid.tile_px[0], width, device=device)
+        self._grid = grid
+        self._rows, self._columns = _weights_on(grid, str(device))
+        self._sum_CTW = torch.zeros(num_classes, grid.tile_px[0], max(grid.width_px, grid.tile_px[1]), device=device)
         self._next = 0
 
     def add(self, scores_BCTT: Tensor) -> list[tuple[int, Tensor]]:
         """Takes the next tiles' scores; returns the bands that became final, as (first row, (C, rows, W) blended scores)."""
-        grid, done = self._grid, []
-        for scores_CTT in scores_BCTT:
+        grid, done, taken = self._grid, [], 0
+        while taken < len(scores_BCTT):
             row, column = divmod(self._next, len(grid.xs))
-            x = grid.xs[column]
-            taper_TT = self._rows[row].unsqueeze(1) * self._columns[column]
-            self._sum_CTW[:, :, x : x + grid.tile_px[1]].addcmul_(scores_CTT, taper_TT)
-            self._next += 1
-            if column == len(grid.xs) - 1:
+            num = min(len(grid.xs) - column, len(scores_BCTT) - taken)  # of this row
+            tapers_BTT = self._rows[row].unsqueeze(1) * self._columns[column : column + num].unsqueeze(1)
+            for x, scores_CTT, taper_TT in zip(
+                grid.xs[column : column + num], scores_BCTT[taken : taken + num].unbind(), tapers_BTT.unbind(), strict=True
+            ):
+                self._sum_CTW[:, :, x : x + grid.tile_px[1]].addcmul_(scores_CTT, taper_TT)
+            self._next += num
+            taken += num
+            if column + num == len(grid.xs):
                 done.append(self._finish(row))
         return done
 
     def _finish(self, row: int) -> tuple[int, Tensor]:
+        import torch.nn.functional as F
+
         grid, y = self._grid, self._grid.ys[row]
         end = grid.ys[row + 1] if row + 1 < len(grid.ys) else grid.height_px
-        num = end - y
-        band = self._sum_CTW[:, :num, : grid.width_px].clone()
-        kept = self._sum_CTW[:, num:].clone()
-        self._sum_CTW.zero_()
-        self._sum_CTW[:, : kept.shape[1]] = kept
+        band = self._sum_CTW[:, : end - y, : grid.width_px]
+        self._sum_CTW = F.pad(self._sum_CTW[:, end - y :], (0, 0, 0, end - y))
         return y, band
+
+
+@functools.lru_cache(maxsize=16)
+def _weights_on(grid: TileGrid, device: str) -> tuple[Tensor, Tensor]:
+    """The weights on a device. Kept, because a copy to a GPU waits for its earlier work."""
+    rows, columns = grid.weights
+    return rows.to(device), columns.to(device)

@@ -56,6 +56,17 @@ def test_how_tiles_are_batched_changes_nothing(batch: int) -> None:
     np.testing.assert_array_equal(stitched(image, grid, batch), stitched(image, grid, 3))
 
 
+@pytest.mark.parametrize("overlap", [0.25, 0.7])
+def test_tiles_are_added_exactly_as_one_after_another_in_a_whole_image(overlap: float) -> None:
+    image, grid = SEEN[:100, :170], TileGrid.over(100, 170, 32, overlap)
+    rows, columns = grid.weights
+    whole = torch.zeros(2, 100, 170)
+    for k, (y, x) in enumerate(grid):
+        taper = rows[k // len(grid.xs)][:, None] * columns[k % len(grid.xs)]
+        whole[:, y : y + 32, x : x + 32].addcmul_(torch.from_numpy(image[y : y + 32, x : x + 32]).permute(2, 0, 1), taper)
+    np.testing.assert_array_equal(stitched(image, grid), whole.permute(1, 2, 0).numpy())
+
+
 def test_a_wrong_row_major_index_would_be_seen() -> None:
     """The error that the style sheet names: tile number read as ``row * num_rows + column`` on a grid that is not square."""
     image, grid = SEEN[:100, :170], TileGrid.over(100, 170, 32, 0.25)
