@@ -255,7 +255,7 @@ def _contrast_facts(image: np.ndarray, cell: np.ndarray, judged: np.ndarray) -> 
     frame[1:-1, 1:-1] = False
     levels, mode, seen, contrast = find_foreground(small)
     telling = judged.any() and 0 < seen[judged].mean() < 1 and 0 < cell[judged].mean() < 1
-    parts, num = ndimage.label(ndimage.binary_fill_holes(seen))
+    parts, num = ndimage.label(_holes_filled(seen))
     missed, boxes = [], []
     if num and cell.any():
         area = np.bincount(parts.ravel())
@@ -282,12 +282,19 @@ def _contrast_facts(image: np.ndarray, cell: np.ndarray, judged: np.ndarray) -> 
     }
 
 
+def _holes_filled(mask: np.ndarray) -> np.ndarray:
+    """``ndimage.binary_fill_holes`` in a tenth of its time."""
+    outside = np.pad(mask.view(np.uint8), 1)
+    cv2.floodFill(outside, None, (0, 0), 2)
+    filled: np.ndarray = outside[1:-1, 1:-1] != 2
+    return filled
+
+
 def _num_islands(mask: np.ndarray, frame: np.ndarray) -> int:
-    parts, num = ndimage.label(mask)
-    area = np.bincount(parts.ravel(), minlength=num + 1)
-    at_frame = np.zeros(num + 1, bool)
+    num, parts, facts, _ = cv2.connectedComponentsWithStats(mask.view(np.uint8), connectivity=4)
+    at_frame = np.zeros(num, bool)
     at_frame[parts[frame]] = True
-    return int(((area >= 20) & ~at_frame)[1:].sum())
+    return int(((facts[:, cv2.CC_STAT_AREA] >= 20) & ~at_frame)[1:].sum())
 
 
 def _otsu(counts: np.ndarray) -> tuple[int, float]:

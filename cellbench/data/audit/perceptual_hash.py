@@ -44,14 +44,19 @@ def to_grey(image_HW3: np.ndarray) -> np.ndarray:
 
 def eight_orientations(picture_TT: np.ndarray) -> list[np.ndarray]:
     """The eight flips and right-angle rotations; the first is the picture itself."""
-    return [np.rot90(one, k) for one in (picture_TT, picture_TT.T) for k in range(4)]
+    one, other = picture_TT, picture_TT.T
+    return [one, other[::-1], one[::-1, ::-1], other[:, ::-1], other, one[::-1], other[::-1, ::-1], one[:, ::-1]]
 
 
 def hash_signs(picture_TT: np.ndarray) -> np.ndarray:
-    """The hash as ±1, (256,) int8: whether each low-frequency cosine coefficient is above their median (pHash)."""
-    slow = dctn(picture_TT, norm="ortho")[:BITS, :BITS].ravel()
-    slow[0] = 0  # brightness
-    return np.where(slow > np.median(slow), 1, -1).astype(np.int8)
+    """The hash as ±1 in each of the eight orientations, (8, 256) int8: whether each low-frequency cosine coefficient is above their median (pHash)."""
+    slow = dctn(picture_TT, norm="ortho")[:BITS, :BITS]
+    slow[0, 0] = 0  # brightness
+    sign = np.where(np.arange(BITS) % 2, -1, 1).astype(slow.dtype)  # mirroring a picture changes the sign of its odd waves
+    down, across = slow * sign[:, None], slow * sign
+    both = down * sign
+    turned = np.stack([slow, across.T, both, down.T, slow.T, down, both.T, across]).reshape(8, -1)
+    return np.where(turned > np.median(turned, axis=1, keepdims=True), 1, -1).astype(np.int8)
 
 
 def high_pass(picture_TT: np.ndarray) -> np.ndarray:
@@ -66,8 +71,8 @@ def find_near_pairs(small_NTT: Sequence[np.ndarray], chunk: int = 512) -> list[t
     """Pairs (i < j) of thumbnails that are one picture in any orientation, with their correlation (0..1)."""
     if len(small_NTT) < 2:
         return []
-    plain = np.stack([hash_signs(picture) for picture in small_NTT]).astype(np.float32)
-    all_8 = np.stack([[hash_signs(one) for one in eight_orientations(picture)] for picture in small_NTT]).astype(np.float32)
+    all_8 = np.stack([hash_signs(picture) for picture in small_NTT]).astype(np.float32)
+    plain = np.ascontiguousarray(all_8[:, 0])
     bound = BITS * BITS - 2 * NEAR_BITS
     best: dict[tuple[int, int], float] = {}
     for start in range(0, len(plain), chunk):
@@ -87,10 +92,14 @@ def connected_groups(num: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     >>> connected_groups(5, [(1, 2), (2, 4)])
     [0, 1, 1, 3, 1]
     """
-    joined = np.array(list(pairs), int).reshape(-1, 2)
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
+    first = list(range(num))
 
-    graph = coo_array((np.ones(len(joined)), joined.T), (num, num))
-    _, labels = connected_components(graph, directed=False)
-    return np.unique(labels, return_index=True)[1][labels].tolist() if num else []
+    def root(k: int) -> int:
+        while first[k] != k:
+            first[k] = k = first[first[k]]
+        return k
+
+    for pair in pairs:
+        one, other = sorted(map(root, pair))
+        first[other] = one
+    return [root(k) for k in range(num)]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cellbench.data.audit.keypoint_matching import Keypoints, find_shared_regions, keypoints
-from cellbench.data.audit.perceptual_hash import eight_orientations, hash_signs, mean_pool, to_grey
+from cellbench.data.audit.perceptual_hash import hash_signs, mean_pool, to_grey
 from cellbench.data.dataset import Dataset, Sample
 from cellbench.data.io import images
 from cellbench.data.progress import map_files
@@ -101,7 +101,7 @@ def _fingerprint(path: Path) -> list[str]:
     image = images.read_image(path)
     digest = hashlib.sha256(str(image.shape).encode())
     digest.update(image.data)
-    return [digest.hexdigest()[:16], np.packbits(hash_signs(mean_pool(to_grey(image))) > 0).tobytes().hex()]
+    return [digest.hexdigest()[:16], np.packbits(hash_signs(mean_pool(to_grey(image)))[0] > 0).tobytes().hex()]
 
 
 def _bits(text: str) -> np.ndarray:
@@ -110,7 +110,7 @@ def _bits(text: str) -> np.ndarray:
 
 def _all_orientations(sample: Sample) -> np.ndarray:
     """(8, 256) float32: the hash of the image in every orientation."""
-    return np.stack([hash_signs(one) for one in eight_orientations(mean_pool(to_grey(images.read_image(sample.image))))]).astype(np.float32)
+    return hash_signs(mean_pool(to_grey(images.read_image(sample.image)))).astype(np.float32)
 
 
 def _parts_of(known: Mapping[str, Any], samples: Sequence[Sample]) -> dict[int, str]:

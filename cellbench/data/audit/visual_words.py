@@ -64,19 +64,18 @@ class Words:
     def __len__(self) -> int:
         return len(self.words_WD)
 
-    def nearest(self, descriptors: Descriptors, num: int) -> np.ndarray:
-        """(M, ``num``): the nearest words."""
+    def nearest(self, descriptors: Descriptors) -> np.ndarray:
+        """(M, 2), or (M, 1) of one word: the nearest words, the nearest first."""
         look = self._in_cells if self._cells else self._among_all
-        return np.concatenate([look(descriptors.rows(slice(k, k + _CHUNK)), num) for k in range(0, len(descriptors), _CHUNK)])
+        return np.concatenate([look(descriptors.rows(slice(k, k + _CHUNK))) for k in range(0, len(descriptors), _CHUNK)])
 
-    def _among_all(self, rows_ND: np.ndarray, num: int) -> np.ndarray:
-        cosine = rows_ND @ self.words_WD.T
-        return cosine.argmax(1)[:, None] if num == 1 else np.argpartition(-cosine, num - 1, axis=1)[:, :num]
+    def _among_all(self, rows_ND: np.ndarray) -> np.ndarray:
+        return _first_two(rows_ND @ self.words_WD.T)[0]
 
-    def _in_cells(self, rows_ND: np.ndarray, num: int) -> np.ndarray:
+    def _in_cells(self, rows_ND: np.ndarray) -> np.ndarray:
         near = np.argpartition(-(rows_ND @ self._centres_CD.T), CELLS - 1, axis=1)[:, :CELLS]
-        cosine = np.full((len(rows_ND), CELLS * num), -2, np.float32)
-        word = np.zeros((len(rows_ND), CELLS * num), np.int64)
+        cosine = np.full((len(rows_ND), 2 * CELLS), -2, np.float32)
+        word = np.zeros((len(rows_ND), 2 * CELLS), np.int64)
         order = np.argsort(near.ravel(), kind="stable")
         starts = np.searchsorted(near.ravel()[order], np.arange(len(self._cells) + 1))
         for cell, members in enumerate(self._cells):
@@ -84,11 +83,25 @@ class Words:
             if not len(row) or not len(members):
                 continue
             found = rows_ND[row] @ self.words_WD[members].T
-            best = np.argpartition(-found, min(num, len(members)) - 1, axis=1)[:, :num]
-            columns = place[:, None] * num + np.arange(best.shape[1])
-            cosine[row[:, None], columns] = np.take_along_axis(found, best, 1)
+            best, values = _first_two(found)
+            columns = place[:, None] * 2 + np.arange(best.shape[1])
+            cosine[row[:, None], columns] = values
             word[row[:, None], columns] = members[best]
-        return np.take_along_axis(word, np.argpartition(-cosine, num - 1, axis=1)[:, :num], 1)
+        return np.take_along_axis(word, _first_two(cosine)[0], 1)
+
+
+def _first_two(values_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The columns of the two highest values of each row, (N, 2), or (N, 1) of one column, the highest first, and these values.
+
+    Overwrites the highest. Two searches take half the time of a partition.
+    """
+    rows = np.arange(len(values_NK))
+    columns, values = [], []
+    for _ in range(min(2, values_NK.shape[1])):
+        columns.append(values_NK.argmax(1))
+        values.append(values_NK[rows, columns[-1]])
+        values_NK[rows, columns[-1]] = -np.inf
+    return np.stack(columns, 1), np.stack(values, 1)
 
 
 def find_matches(values_MD: np.ndarray, image_M: np.ndarray, mirrored_D: np.ndarray, min_cosine: float) -> np.ndarray:
@@ -99,32 +112,33 @@ def find_matches(values_MD: np.ndarray, image_M: np.ndarray, mirrored_D: np.ndar
     """
     members = Descriptors(values=values_MD)
     words = Words(members)
-    home_M = words.nearest(members, 1)[:, 0]
+    nearest = words.nearest(members)
+    mirrored = Descriptors(values=values_MD, order=mirrored_D)
     found = [
-        _matches(members, queries, home_M, words, image_M, min_cosine)
-        for queries in (members, Descriptors(values=values_MD, order=mirrored_D))
+        _matches(members, queries, nearest[:, 0], query_words, image_M, min_cosine)
+        for queries, query_words in ((members, nearest), (mirrored, words.nearest(mirrored)))
     ]
     return np.concatenate([np.insert(pairs, 0, mirrored, axis=1) for mirrored, pairs in enumerate(found)])
 
 
 def _matches(
-    members: Descriptors, queries: Descriptors, home_M: np.ndarray, words: Words, image_M: np.ndarray, min_cosine: float
+    members: Descriptors, queries: Descriptors, home_M: np.ndarray, query_words: np.ndarray, image_M: np.ndarray, min_cosine: float
 ) -> np.ndarray:
-    """(K, 2): pairs of positions, the smaller first."""
-    query_words = words.nearest(queries, min(2, len(words)))
+    """(K, 2): pairs of positions, the smaller first. ``query_words`` (M, 1 or 2): the words in which the queries are compared."""
     by_home, by_query = np.argsort(home_M, kind="stable"), np.argsort(query_words.ravel(), kind="stable")
-    home_starts = np.searchsorted(home_M[by_home], np.arange(len(words) + 1))
-    query_starts = np.searchsorted(query_words.ravel()[by_query], np.arange(len(words) + 1))
+    num_words = int(max(home_M.max(), query_words.max())) + 1
+    home_starts = np.searchsorted(home_M[by_home], np.arange(num_words + 1))
+    query_starts = np.searchsorted(query_words.ravel()[by_query], np.arange(num_words + 1))
     found = [np.zeros((0, 2), np.int64)]
-    for word in range(len(words)):
+    for word in range(num_words):
         query = by_query[query_starts[word] : query_starts[word + 1]] // query_words.shape[1]
         member = by_home[home_starts[word] : home_starts[word + 1]]
         if not len(query) or not len(member):
             continue
         cosine = queries.rows(query) @ members.rows(member).T
         cosine[image_M[query][:, None] == image_M[member][None]] = 0
-        best = np.argpartition(-cosine, 1, axis=1)[:, :2] if len(member) > 2 else np.tile(np.arange(len(member)), (len(query), 1))
-        row, column = np.nonzero(np.take_along_axis(cosine, best, 1) >= min_cosine)
+        best, values = _first_two(cosine)
+        row, column = np.nonzero(values >= min_cosine)
         one, other = query[row], member[best[row, column]]
         found.append(np.stack([np.minimum(one, other), np.maximum(one, other)], 1))
     return np.concatenate(found)
