@@ -39,7 +39,6 @@ class Outcome:
     """Being executed by another process."""
     missing: list[str] = field(default_factory=list)
     """Without a result or a reason at the end, such as a run that was deleted meanwhile."""
-    num_new: int = 0
 
 
 @dataclass(kw_only=True)

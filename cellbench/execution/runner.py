@@ -174,7 +174,6 @@ class Runner:
                 raise
             self._logging.close_runs(stack)
         release_memory()
-        out.num_new += len(active)
 
     def _complete(self, active: Sequence[ActiveRun], title: str, out: Outcome) -> None:
         """Executes the cohort until each of its runs has ended, by the policy of ``execution.failures``. Raises SystemFault."""

@@ -96,11 +96,6 @@ class Metric:
         """Its name in ``[search]``."""
         return f"{'cost' if 'cost' in self.scopes else 'val'}/{self.key}"
 
-    @property
-    def ideal(self) -> float:
-        """Score of a perfect prediction; in paired comparisons also the score of finding nothing in an image without cells."""
-        return 0.0 if self.direction == "minimize" else 1.0
-
 
 def _pixel(key: str, label: str, meaning: str, **more: Any) -> Metric:
     """An overlap score from pixel counts."""

@@ -82,11 +82,6 @@ class InstanceScores:
     numbered: bool
     """Whether the truth numbers its cells; else they are connected regions."""
 
-    @property
-    def count_error(self) -> int:
-        """Cells predicted minus cells there."""
-        return self.num_predicted - self.num_true
-
 
 class ReferenceMask:
     """The reference mask of one image (H, W), prepared once and compared with the predictions of many runs. Thread-safe."""

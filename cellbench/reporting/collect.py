@@ -30,7 +30,6 @@ class RunRequest:
     """The inputs of a grid or search: experiment, data, command and versions. Fields are empty if they were not recorded."""
 
     question: str = ""
-    comments: Sequence[str] = ()
     experiment: str = ""
     """The experiment file with the command's options applied."""
     command: str = ""

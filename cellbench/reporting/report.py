@@ -60,11 +60,9 @@ def log_request(top: Run, text: str, dataset: Dataset, machine: str, command: st
 
 def _request(text: str, dataset: Dataset, machine: str, command: str) -> RunRequest:
     """Creates the request. The first comment line of the experiment is its question."""
-    lines = [line for line in text.lstrip().splitlines() if line.startswith("#") and not line.startswith(CHANGED)]
-    comments = [line.lstrip("# ").rstrip() for line in lines]
+    comments = (line for line in text.lstrip().splitlines() if line.startswith("#") and not line.startswith(CHANGED))
     return RunRequest(
-        question=comments[0] if comments else "",
-        comments=comments[1:],
+        question=next(comments, "").lstrip("# ").rstrip(),
         experiment=text,
         command=command,
         machine=machine,

@@ -113,7 +113,6 @@ class Request(StrictModel):
     model_config = ConfigDict(extra="ignore")
 
     question: str = ""
-    comments: list[str] = Field(default_factory=list)
     experiment: str = ""
     command: str = ""
     machine: str = ""

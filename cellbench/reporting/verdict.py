@@ -213,7 +213,7 @@ def describe_ranking_rule(here: TestSet) -> str:
     return f"chosen by its test score, the highest mean Dice over images among {num} models; {price}"
 
 
-def describe_pairs(differences: Sequence[Difference], metric: str = "Dice") -> list[str]:
+def describe_pairs(differences: Sequence[Difference]) -> list[str]:
     """The differences of the best model to the others, a sentence each, the smallest first; then what limits some of them only.
 
     ``differences``: each model minus the best, so ``b`` is always the best.
@@ -223,7 +223,7 @@ def describe_pairs(differences: Sequence[Difference], metric: str = "Dice") -> l
     ahead = [d for d in differences if d.better == d.a]
     out = []
     for some, rest in ((ahead, "significantly better"), (significant, "significantly worse"), (tied, "not significantly different")):
-        out += [f"{describe_difference(d, metric)}." for d in some[:MAX_PAIRS_LISTED]]
+        out += [f"{describe_difference(d)}." for d in some[:MAX_PAIRS_LISTED]]
         if len(some) > MAX_PAIRS_LISTED:
             names = first_names([d.a for d in some[MAX_PAIRS_LISTED:]], 3 * MAX_PAIRS_LISTED)
             out.append(f"{len(some) - MAX_PAIRS_LISTED} more, {rest}: {names}.")

@@ -24,9 +24,7 @@ MOST_IMAGES = 2000
 REPEATS = 1000
 
 
-def images_to_decide(
-    differences_U: np.ndarray, *, num_tests: int = 1, power: float = POWER, alpha: float = 0.05, repeats: int = REPEATS, seed: int = 0
-) -> int | None:
+def images_to_decide(differences_U: np.ndarray, *, num_tests: int = 1, power: float = POWER, alpha: float = 0.05) -> int | None:
     """The number of units (images, or groups of them) with which two models differ significantly with the given power, if the spread stays.
 
     ``differences_U``: one model minus the other on each unit. ``num_tests``: comparisons that p is adjusted for. None: fewer than ``FEWEST`` units, no
@@ -38,34 +36,28 @@ def images_to_decide(
     low = fewest_units(num_tests, alpha) - 1  # with so many nothing can be significant
     guess = min(MOST_IMAGES, max(low + 1, _noether(d, num_tests, power, alpha)))
     high = guess
-    while _power(d, high, num_tests, alpha, repeats, seed) < power:
+    while power_of(d, high, num_tests=num_tests, alpha=alpha) < power:
         if high >= MOST_IMAGES:
             return None
         low, high = high, min(MOST_IMAGES, max(high + 1, math.ceil(1.3 * high)))
     while high - low > max(1, high // 100):
         middle = (low + high) // 2
-        if _power(d, middle, num_tests, alpha, repeats, seed) < power:
+        if power_of(d, middle, num_tests=num_tests, alpha=alpha) < power:
             low = middle
         else:
             high = middle
     return high
 
 
-def power_of(
-    differences_U: np.ndarray, num_units: int, *, num_tests: int = 1, alpha: float = 0.05, repeats: int = REPEATS, seed: int = 0
-) -> float:
+def power_of(differences_U: np.ndarray, num_units: int, *, num_tests: int = 1, alpha: float = 0.05) -> float:
     """The power with ``num_units`` units whose differences are like those given."""
-    return _power(np.asarray(differences_U, float), num_units, num_tests, alpha, repeats, seed)
+    drawn = np.random.default_rng(0).choice(differences_U, (REPEATS, num_units))
+    return _share_decided(drawn, differences_U.mean(), num_tests, alpha)
 
 
-def _power(d: np.ndarray, num: int, num_tests: int, alpha: float, repeats: int, seed: int) -> float:
-    drawn = np.random.default_rng(seed).choice(d, (repeats, num))
-    return _share_decided(drawn, d.mean(), num_tests, alpha, seed)
-
-
-def _share_decided(drawn_RU: np.ndarray, mean: float, num_tests: int, alpha: float, seed: int) -> float:
+def _share_decided(drawn_RU: np.ndarray, mean: float, num_tests: int, alpha: float) -> float:
     """The share of rows that a report would call significant, in the direction of ``mean``: ranks and interval of the mean agree."""
-    p_R, up_R = signed_rank_p(drawn_RU, np.random.default_rng(seed + 1))
+    p_R, up_R = signed_rank_p(drawn_RU, np.random.default_rng(1))
     z_R = drawn_RU.mean(axis=1) / np.maximum(drawn_RU.std(axis=1, ddof=1) / math.sqrt(drawn_RU.shape[1]), 1e-12)
     beyond = z_R * np.sign(mean) > ndtri(1 - alpha / 2)
     return float(((p_R * num_tests < alpha) & (up_R == (mean > 0)) & beyond).mean())
@@ -108,7 +100,7 @@ def fewest_units(num_tests: int = 1, alpha: float = 0.05) -> int:
 def power_of_normal(difference: float, sd: float, num_units: int, num_tests: int = 1, alpha: float = 0.05) -> float:
     """The power to find a mean ``difference`` if the differences of images are normal with standard deviation ``sd``."""
     drawn = np.random.default_rng(0).normal(difference, sd, (REPEATS, num_units))
-    return _share_decided(drawn, difference, num_tests, alpha, 0)
+    return _share_decided(drawn, difference, num_tests, alpha)
 
 
 TYPICAL_SD = 0.01

@@ -124,7 +124,6 @@ class SampleFacts:
     num_specks: int = 0
     min_cell_px: int = MIN_AREA_PX
     """Smaller regions are specks."""
-    is_numbered: bool = False
     off_share: float = 0.0
     """Pixels whose mask value is farther from its class's than the card allows."""
     off_solid: bool = False
@@ -193,7 +192,6 @@ def measure_sample(dataset: Dataset, sample: Sample, split: str, with_keypoints:
         min_cell_px=limit,
         areas_px=tuple(areas[areas >= limit].tolist()),
         num_specks=int((areas < limit).sum()),
-        is_numbered=ids is not None,
         **(_value_facts(labels, classes, dataset) if labels is not None else {}),
         **_contrast_facts(image, (classes > 0) & judged, judged),
     )

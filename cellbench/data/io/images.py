@@ -1,8 +1,8 @@
 """Reads images and masks from disk, and interprets the values in a file.
 
 A file gives correct values or one `CellbenchError` that names it: never a partly read image, a crash, a hang or silent zeros. The format is
-identified by the first bytes, not by the name; EXIF orientation is applied, colour profiles are not; an image above ``max_pixels`` (500
-megapixels, or ``CELLBENCH_MAX_PIXELS``) is refused by its header. Of a multi-picture JPEG (phones) the first is read; other multi-page and animated
+identified by the first bytes, not by the name; EXIF orientation is applied, colour profiles are not; an image above 500
+megapixels, or ``CELLBENCH_MAX_PIXELS``, is refused by its header. Of a multi-picture JPEG (phones) the first is read; other multi-page and animated
 files are refused. `decode` opens and checks files.
 """
 
@@ -44,7 +44,7 @@ def exif_turn(path: str | os.PathLike[str]) -> int:
         return picture.turn
 
 
-def read_image(path: str | os.PathLike[str], reading: IntensityScaling | None = None, *, max_pixels: int | None = None) -> np.ndarray:
+def read_image(path: str | os.PathLike[str], reading: IntensityScaling | None = None) -> np.ndarray:
     """The image as (height, width, 3) uint8 RGB, C-contiguous and owned by the caller.
 
     Grey gives three equal channels, 1 bit gives 0 and 255, palettes become RGB, and transparency is laid over white. Files that are not grey or
@@ -55,15 +55,13 @@ def read_image(path: str | os.PathLike[str], reading: IntensityScaling | None = 
     Raises `CellbenchError`, in one line: missing, empty, truncated, damaged, no image, too large, of many pages, of unknown meaning, of another
     depth than ``reading``.
     """
-    return read_image_with_notes(path, reading, max_pixels=max_pixels)[0]
+    return read_image_with_notes(path, reading)[0]
 
 
-def read_image_with_notes(
-    path: str | os.PathLike[str], reading: IntensityScaling | None = None, *, max_pixels: int | None = None
-) -> tuple[np.ndarray, tuple[Note, ...]]:
+def read_image_with_notes(path: str | os.PathLike[str], reading: IntensityScaling | None = None) -> tuple[np.ndarray, tuple[Note, ...]]:
     """`read_image`, and notes on how the values were read: clipped, assumed, transparent."""
     reading = reading or IntensityScaling()
-    with open_image(path, _limit(max_pixels), stack=bool(reading.channels)) as picture:
+    with open_image(path, pixel_limit(), stack=bool(reading.channels)) as picture:
         colour, alpha = _numbers(picture, reading.channels)
         notes: list[Note] = []
         if colour.dtype != np.uint8:
@@ -175,7 +173,7 @@ class ImageFacts:
 
 def read_image_facts(path: str | os.PathLike[str], channels: tuple[int, ...] = ()) -> ImageFacts:
     """The facts of an image file; decodes pixels only of more than 8 bits or with possible transparency. Raises `CellbenchError`."""
-    with open_image(path, _limit(None), stack=bool(channels)) as picture:
+    with open_image(path, pixel_limit(), stack=bool(channels)) as picture:
         size = pixel_size(picture)
         if _is_plain(picture):
             return ImageFacts(dtype="uint8", pixel=size)
@@ -211,9 +209,7 @@ def read_pixel_size(path: str | os.PathLike[str]) -> PixelSize | None:
         return pixel_size(picture)
 
 
-def read_labels(
-    path: str | os.PathLike[str], *, colors: Mapping[tuple[int, int, int], int] | None = None, max_pixels: int | None = None
-) -> np.ndarray:
+def read_labels(path: str | os.PathLike[str], *, colors: Mapping[tuple[int, int, int], int] | None = None) -> np.ndarray:
     """The values of a mask: (height, width) uint8, uint16 or int32, neither scaled nor interpolated.
 
     - 8- and 16-bit grey unchanged; 32 and 64 bits, and floats that are integers, as int32. 1-, 2- and 4-bit grey is a *grey*: 0..255.
@@ -223,7 +219,7 @@ def read_labels(
 
     With ``colors``, every mask of up to 8 bits is read as RGB and each colour must be listed. Raises `CellbenchError` as `read_image` does.
     """
-    with open_image(path, _limit(max_pixels)) as picture:
+    with open_image(path, pixel_limit()) as picture:
         pixels = decode_pixels(picture)
         if isinstance(pixels, Image.Image):
             pixels = to_upright(_plain(pixels, as_colours=colors is not None), picture)
@@ -307,12 +303,6 @@ def jpeg_bytes(image: np.ndarray) -> bytes:
 
 def pixel_limit() -> int:
     """The most pixels an image may have: ``CELLBENCH_MAX_PIXELS``, or 500 megapixels."""
-    return _limit(None)
-
-
-def _limit(max_pixels: int | None) -> int:
-    if max_pixels is not None:
-        return max_pixels
     text = os.environ.get("CELLBENCH_MAX_PIXELS", "") or str(MAX_PIXELS)
     if not (text.isascii() and text.isdigit() and int(text)):
         raise CellbenchError(f"CELLBENCH_MAX_PIXELS is '{text}'. Set it to a number of pixels such as {MAX_PIXELS}.")

@@ -46,7 +46,6 @@ def test_a_users_metric_is_listed_after_the_shipped_ones(tmp_path):
     assert catalog.leaderboard(own)[-4].label == "right"  # before the costs
     assert catalog.objectives(own)["val/share"] == "minimize"
     assert catalog.view_columns(own)[-2:] == ("test_image/share", "cost/train_s")
-    assert own[0].ideal == 0
 
 
 def test_a_record_holds_all_of_a_metric_but_its_code(tmp_path):

@@ -50,6 +50,7 @@ def test_windows_of_jpeg_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     source = windowed.open_source(tmp_path / "a.tif")
     assert isinstance(source, windowed.WindowedTiff)
     assert np.abs(source.rows(0, 301).astype(int) - read_image(tmp_path / "a.tif")).max() <= 8  # two decoders of chroma
+    source.close()
 
 
 def test_channels_of_no_stated_meaning_are_refused_in_large_images_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
