@@ -16,11 +16,12 @@ from cellbench.errors import CellbenchError, unknown_name
 from cellbench.metrics import catalog
 from cellbench.metrics.catalog import Metric
 from cellbench.reporting.collect import ExperimentResults, collect_report, collect_runs
+from cellbench.reporting.difference_sentences import describe_difference
 from cellbench.reporting.grouping import name_words
 from cellbench.reporting.leaderboard import format_row, leaderboard_rows, terminal_table
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet
 from cellbench.reporting.shift import Shift, further_sets, shift_of
-from cellbench.reporting.verdict import conclude, describe_difference
+from cellbench.reporting.verdict import conclude
 from cellbench.statistics.comparison import compare_all
 from cellbench.statistics.scores import Difference, swap_sides
 from cellbench.tracking.tracker import Tracker

@@ -18,11 +18,13 @@ from cellbench.reporting.cells import class_rows, describe_errors, models_with_c
 from cellbench.reporting.collect import EXAMPLE_FIGURES, ExperimentResults
 from cellbench.reporting.counts import MEANING, evaluation_rows, model_counts, model_rows
 from cellbench.reporting.decisions import describe_doubling, images_needed, is_equivalent
+from cellbench.reporting.difference_sentences import describe_outcome
 from cellbench.reporting.leaderboard import (
     LeaderboardRow,
     format_interval,
     format_metric,
     format_number,
+    format_p,
     format_p_cell,
     format_row,
     leaderboard_rows,
@@ -39,8 +41,6 @@ from cellbench.reporting.verdict import (
     conclude,
     describe_costs_load,
     describe_learning_curves,
-    describe_outcome,
-    format_p,
     list_test_sets,
 )
 from cellbench.statistics.bootstrap import FEWEST

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from cellbench.metrics.calibration import expected_calibration_error
+from cellbench.reporting.difference_sentences import describe_outcome
 from cellbench.reporting.leaderboard import format_interval, format_number, format_p_cell
 from cellbench.reporting.model_groups import TestSet
 from cellbench.reporting.report_data import Block, Figure, Heading, Table, Text
 from cellbench.reporting.shift import APPEARANCE, FURTHER, OWN, FallRow, Shift
-from cellbench.reporting.verdict import describe_outcome, describe_shift
+from cellbench.reporting.verdict import describe_shift
 
 MEANING = "Safest is the model with the best worst case: its lowest mean Dice, over all conditions, is the highest. Worst cases are compared without a test."
 

@@ -19,12 +19,12 @@ from cellbench.reporting.decisions import (
     describe_power,
     describe_validation_choice,
 )
-from cellbench.reporting.leaderboard import LeaderboardRow, format_p
+from cellbench.reporting.difference_sentences import describe_difference, describe_gap, format_span
+from cellbench.reporting.leaderboard import LeaderboardRow
 from cellbench.reporting.learning_curves import LearningCurve
 from cellbench.reporting.model_groups import TestSet
 from cellbench.reporting.shift import APPEARANCE, FURTHER, Shift
-from cellbench.statistics.bootstrap import Interval, negate
-from cellbench.statistics.hypothesis_tests import DECIMALS, describe_undecidable, is_decidable
+from cellbench.statistics.hypothesis_tests import describe_undecidable, is_decidable
 from cellbench.statistics.scores import Difference
 from cellbench.system_load import describe_load
 
@@ -89,7 +89,7 @@ def describe_best(here: TestSet) -> list[str]:
     groups = f" in {interval.num} groups" if interval.unit == "group" else ""
     kind = {"baseline": " (a baseline)", "external": " (masks of another tool)"}.get(best.kind, "") if len(here.models) > 1 else ""
     name = f"{best.name}{kind}"
-    span = f" ({_span(interval, 3)})" if interval.low is not None else ""
+    span = f" ({format_span(interval, 3)})" if interval.low is not None else ""
     corrected = f"; {text}" if (text := describe_correction(here)) else ""
     first = f"Best on average is {name}: Dice {interval.mean:.3f}{span} over {num} image{'s' * (num != 1)}{groups}{corrected}."
     return [first, describe_evidence(here)]
@@ -142,24 +142,24 @@ def describe_evidence(here: TestSet) -> str:
     num, (first, *_) = len(order), order
     if not here.decidable:
         why = describe_undecidable(here.num_units, here.num_pairs, here.unit)
-        return f"{why[:1].upper()}{why[1:]}: the next, {first.a}, {_gap(first, alone=True)}."
+        return f"{why[:1].upper()}{why[1:]}: the next, {first.a}, {describe_gap(first, alone=True)}."
     if ahead := [d for d in order if d.better == d.a]:  # see describe_empty_images
         more = f"; so are {first_names([d.a for d in ahead[1:]], 2)}" if len(ahead) > 1 else ""
-        return f"But {ahead[0].a}, which {_gap(ahead[0])}, is significantly better{more}."
+        return f"But {ahead[0].a}, which {describe_gap(ahead[0])}, is significantly better{more}."
     if not tied:
         if num == 1:
-            return f"It is significantly better than {first.a}, which {_gap(first)}."
-        return f"It is significantly better than each of the {num} other models: the next, {first.a}, {_gap(first)}."
+            return f"It is significantly better than {first.a}, which {describe_gap(first)}."
+        return f"It is significantly better than each of the {num} other models: the next, {first.a}, {describe_gap(first)}."
     if not better:
         if num == 1:
-            return f"The difference to the other model is not significant: {first.a} {_gap(first)}."
-        return f"No difference to another model is significant: the next, {first.a}, {_gap(first)}."
+            return f"The difference to the other model is not significant: {first.a} {describe_gap(first)}."
+        return f"No difference to another model is significant: the next, {first.a}, {describe_gap(first)}."
     beaten = [model.name for model in here.models[1:] if model.kind == "baseline" and differences[model.name] in better]
     kind = f"the baseline{'s' * (len(beaten) > 1)} {' and '.join(beaten)} among them, " if 0 < len(beaten) < 4 else ""
     more = f"; nor from {first_names([d.a for d in tied[1:]], 2)}" if len(tied) > 1 else ""
     return (
         f"It is significantly better than {len(better)} of {num} other models, {kind}but not significantly different from {tied[0].a}, "
-        f"which {_gap(tied[0])}{more}."
+        f"which {describe_gap(tied[0])}{more}."
     )
 
 
@@ -178,27 +178,6 @@ def describe_external(here: TestSet, name: str = "") -> list[str]:
         else:
             out.append(f"{score}, {best.name} {best.scores().mean:.3f}: with so few images no difference can be significant.")
     return out
-
-
-def _gap(d: Difference, alone: bool = False) -> str:
-    """How far a model is below the best: ``is 0.002 lower (95 % -0.001 to 0.005, adjusted p = 0.40)``. ``alone``: without interval and p.
-
-    A model that predicts nothing in images without a cell may be below the best by its mean, which leaves them out, and above it in pairs.
-    """
-    if d.ties == d.num_images:
-        return "scores the same on every image"
-    size, side = (d.interval, "higher on the same images") if round(d.interval.mean, DECIMALS) > 0 else (negate(d.interval), "lower")
-    if alone:
-        return f"is {_format(size.mean, _digits(size, never_zero=True))} {side}"
-    digits = _digits(size, never_zero=d.better is not None)
-    adjusted = "adjusted " if d.num_tests > 1 else ""
-    span = f"{_span(size, digits)}, " if size.low is not None else ""
-    return f"is {_format(size.mean, digits)} {side} ({span}{adjusted}{format_p(d.p_adjusted)}{_disagreement(d)})"
-
-
-def _disagreement(d: Difference) -> str:
-    """Why a small p decides nothing; empty where it decides, or is large."""
-    return "; the test and the mean disagree" if d.better is None and d.p_adjusted < d.alpha else ""
 
 
 def describe_ranking_rule(here: TestSet) -> str:
@@ -283,57 +262,6 @@ def missing_domains(results: ExperimentResults) -> list[str]:
 def _first_sentence(text: str) -> str:
     plain = re.sub(r" \(\[Errno [^)]*\)", "", text)  # of the system, which the list of skipped runs has
     return textwrap.shorten(plain.split(". ")[0].rstrip("."), MAX_REASON_CHARS, placeholder=" …")
-
-
-def describe_difference(d: Difference, metric: str = "Dice") -> str:
-    """One comparison as a sentence without a full stop, the better model first, with the adjusted p."""
-    num = d.num_images
-    if d.ties == num:
-        return f"{d.a} and {d.b} score the same on {'the one image' if num == 1 else f'each of the {num} images'}"
-    if d.better is None:
-        why = _disagreement(d)
-        if not why and d.interval.excludes_zero and d.num_tests > 1:
-            why = f" after adjustment for {d.num_tests} pairs"
-        evidence = _evidence(d.interval, d.p_adjusted)
-        return f"{d.a} and {d.b}: the difference is not significant ({evidence}{why})"
-    interval, wins, other = (d.interval, d.wins, d.b) if d.better == d.a else (d.interval, d.losses, d.a)
-    if interval.mean < 0:
-        interval = negate(interval)
-    size, rest = _evidence(interval, d.p_adjusted, never_zero=True).split(", ", 1)
-    lower = "lower is better, " if d.lower_is_better else ""
-    groups = f" in {interval.num} groups" if interval.num != num else ""
-    return f"{d.better} is better than {other} by {size} {metric} ({lower}{rest}, better on {wins} of {num} images{groups})"
-
-
-def _evidence(interval: Interval, p: float, never_zero: bool = False) -> str:
-    """Mean, interval and p. ``never_zero``: with so many digits that neither the mean nor an end of the interval reads as 0.000."""
-    digits = _digits(interval, never_zero)
-    return f"{_format(interval.mean, digits)}, {_span(interval, digits)}, {format_p(p)}"
-
-
-def _digits(interval: Interval, never_zero: bool = False) -> int:
-    numbers = [interval.mean] if interval.low is None or interval.high is None else [interval.mean, interval.low, interval.high]
-    digits = 3 if max(map(abs, numbers)) < 10 else 1
-    while never_zero and digits < DECIMALS and min(abs(round(x, digits)) for x in numbers) == 0:
-        digits += 1
-    return digits
-
-
-def _format(number: float, digits: int) -> str:
-    return f"{round(number, digits) + 0.0:.{digits}f}"
-
-
-def _span(interval: Interval, digits: int) -> str:
-    """The interval, or why there is none."""
-    if interval.low is None or interval.high is None:
-        return interval.note
-    rough = "roughly " if interval.rough else ""
-    return f"{100 * interval.level:g} % {rough}{_format(interval.low, digits)} to {_format(interval.high, digits)}"
-
-
-def describe_outcome(d: Difference) -> str:
-    """Outcome for the first model, for a table cell."""
-    return "not significant" if d.better is None else "better" if d.better == d.a else "worse"
 
 
 def describe_other_winners(here: TestSet) -> list[str]:

@@ -11,11 +11,12 @@ from finished_runs import IMAGES, finished_run, per_image_scores
 from made_up_scores import degenerate_scores, scores
 
 from cellbench.reporting.collect import ExperimentResults
+from cellbench.reporting.difference_sentences import describe_difference
 from cellbench.reporting.grouping import group_models
 from cellbench.reporting.leaderboard import format_p, leaderboard_rows
 from cellbench.reporting.model_groups import FinishedRun
 from cellbench.reporting.shift import shift_of
-from cellbench.reporting.verdict import conclude, describe_best, describe_difference, describe_missing, describe_pairs, list_notes
+from cellbench.reporting.verdict import conclude, describe_best, describe_missing, describe_pairs, list_notes
 from cellbench.statistics.comparison import compare, compare_all
 from cellbench.tracking.schema import RunRecord
 

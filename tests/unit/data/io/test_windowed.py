@@ -74,6 +74,7 @@ def test_a_window_that_is_not_in_the_file_is_an_error(tmp_path: Path, monkeypatc
     source.rows(0, 64)
     with pytest.raises(CellbenchError, match="cannot be decoded"):
         source.rows(0, 301)
+    source.close()
 
 
 @pytest.mark.parametrize("picture", [PICTURE, PICTURE[..., 0], PICTURE[:1, :1], PICTURE[:5, :1, 0]])
