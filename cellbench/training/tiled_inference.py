@@ -21,6 +21,7 @@ from torch import Tensor
 from cellbench.data.transforms.tiling import Stitcher
 from cellbench.features.extractor import Batch, Features
 from cellbench.features.frozen_backbone import Spent
+from cellbench.hardware import to_device
 from cellbench.metrics.edge_regions import small_edge_regions
 from cellbench.metrics.pixel import IGNORE, confusion_matrix
 from cellbench.parallel import WorkerPool
@@ -247,7 +248,8 @@ def score_tiles(
     )
     for batch, images in features.tiles(split, pool):
         mine = [next(places) for _ in images]
-        pool.run_all([functools.partial(scorer.add, batch, mine) for scorer in scorers], [model.seconds for model in models])
+        own_BTT = _scored_pixels(batch, mine)
+        pool.run_all([functools.partial(scorer.add, batch, mine, own_BTT) for scorer in scorers], [model.seconds for model in models])
     return [scorer.counts.cpu().numpy() for scorer in scorers]
 
 
@@ -261,6 +263,15 @@ class _TilePlace(NamedTuple):
     columns: slice
 
 
+def _scored_pixels(batch: Batch, places: Sequence[_TilePlace]) -> Tensor:
+    """Which pixels (B, T, T) of a batch are scored, on its device."""
+    ends = [(place.rows.start, place.rows.stop, place.columns.start, place.columns.stop) for place in places]
+    top, bottom, left, right = to_device(torch.tensor(ends), batch.target.device)[..., None].unbind(1)
+    y, x = (torch.arange(side, device=batch.target.device) for side in batch.target.shape[1:])
+    own_BTT = ((y >= top) & (y < bottom)).unsqueeze(2) & ((x >= left) & (x < right)).unsqueeze(1)
+    return own_BTT & (batch.target != IGNORE) if batch.ignoring else own_BTT
+
+
 class _TileScorer:
     """Adds up one model's confusion matrix tile by tile, at the pixels of the tiles."""
 
@@ -270,25 +281,18 @@ class _TileScorer:
         self.counts = torch.zeros(num, num, dtype=torch.int64, device=features.backbone.machine.device)
         """On the device, to avoid waiting for the GPU after each batch."""
 
-    def add(self, batch: Batch, places: Sequence[_TilePlace]) -> None:
-        """Scores a batch whose tiles lie at ``places``."""
+    def add(self, batch: Batch, places: Sequence[_TilePlace], own_BTT: Tensor) -> None:
+        """Scores the pixels ``own_BTT`` of a batch whose tiles lie at ``places``."""
         start = time.perf_counter()
         with torch.inference_mode():
             with self._features.backbone.machine.autocast():
                 logits = self._model.decode(batch)
             self._watch(logits, batch)
-            self._score(logits[:, : len(self.counts)], batch, places)
+            self._score(logits[:, : len(self.counts)], batch, places, own_BTT)
         self._model.seconds += time.perf_counter() - start
 
-    def _score(self, logits_BKTT: Tensor, batch: Batch, places: Sequence[_TilePlace]) -> None:
-        target_BTT = batch.target
-        own_BTT = torch.zeros(target_BTT.shape, dtype=torch.bool)
-        for own_TT, place in zip(own_BTT, places, strict=True):
-            own_TT[place.rows, place.columns] = True
-        own_BTT = own_BTT.to(target_BTT.device)
-        if batch.ignoring:
-            own_BTT &= target_BTT != IGNORE
-        self.counts += masked_confusion(logits_BKTT, target_BTT, own_BTT)
+    def _score(self, logits_BKTT: Tensor, batch: Batch, places: Sequence[_TilePlace], own_BTT: Tensor) -> None:
+        self.counts += masked_confusion(logits_BKTT, batch.target, own_BTT)
 
 
 class _FramedTileScorer(_TileScorer):
@@ -296,7 +300,7 @@ class _FramedTileScorer(_TileScorer):
 
     _left = 0
 
-    def _score(self, logits_BKTT: Tensor, batch: Batch, places: Sequence[_TilePlace]) -> None:
+    def _score(self, logits_BKTT: Tensor, batch: Batch, places: Sequence[_TilePlace], own_BTT: Tensor) -> None:
         found_BKTT = foreground_probabilities(logits_BKTT)
         for found_KTT, place in zip(found_BKTT, places, strict=True):
             if not self._left:

@@ -78,7 +78,7 @@ class HeadTrainer:
         self._graphs: dict[int, GraphedStep | None] = {}
         """By mini-batch size; None if the step cannot be captured."""
         self.steps_per_epoch = len(batch_sizes(self.num_views, self.run.batch_size))
-        self._val_sum, self._val_num = torch.zeros(()), 0
+        self._val_sum, self._val_num = torch.zeros((), device=self.device), 0
 
     # --- training -----------------------------------------------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ class HeadTrainer:
         with blaming(self):
             value = self.loss(logits, batch).detach()
         # Summed on the device, to avoid waiting for a GPU. A Mac's GPU has no double precision.
-        self._val_sum = self._val_sum.to(value.device) + (value if value.device.type == "mps" else value.double()) * batch.num
+        self._val_sum = self._val_sum + (value if value.device.type == "mps" else value.double()) * batch.num
         self._val_num += batch.num
 
     def end_epoch(self, counts: np.ndarray) -> None:
@@ -189,7 +189,7 @@ class HeadTrainer:
         if counts[1:].any():
             pooled = pixel_scores(counts).of(pooled_classes(counts))
             row |= {"val/dice": pooled["dice"], "val/iou": pooled["iou"]}
-        self._val_sum, self._val_num = torch.zeros(()), 0
+        self._val_sum, self._val_num = torch.zeros((), device=self.device), 0
         self.history.append(row)
         with blaming(self):
             proceed = self.recorder.epoch(self.epoch, row)
