@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
+from cellbench.metrics.distance_watershed import SADDLE_RATIOS, DistanceWatershed
 from cellbench.metrics.instance import instance_scores
 from cellbench.metrics.instances import connected_instances, numbered_instances
 from cellbench.metrics.pixel import IGNORE
-from cellbench.metrics.separation import SADDLE_RATIOS, DistanceWatershed, SeparationParams, SeparationTuner
+from cellbench.metrics.separation import SeparationParams, SeparationTuner
 
 
 def discs(*places, size=(120, 160)):

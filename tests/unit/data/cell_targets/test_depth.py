@@ -8,9 +8,9 @@ import torch
 from scipy import ndimage
 
 from cellbench.data.cell_targets.depth import Depth
+from cellbench.metrics.distance_watershed import DistanceWatershed
 from cellbench.metrics.instances import numbered_instances
 from cellbench.metrics.pixel import IGNORE
-from cellbench.metrics.separation import DistanceWatershed
 
 BOTH = Depth(border=True)
 
