@@ -54,7 +54,7 @@ class InferenceSpeed:
 def inference_speeds(models: Sequence[SegmentationModel], features: Features) -> list[InferenceSpeed]:
     """Time per test image of each model, from the timers of the first pass over the test images since :func:`reset_timers`.
 
-    If some model took less than ``MEASURED_S``, the pass is repeated, and the first, cold pass does not count. Cached features take the
+    If some model took less than ``MEASURED_S``, the pass is repeated, for as long in all, and the first, cold pass does not count. Cached features take the
     backbone no time here: its part is then that of one chunk, timed now.
     """
     frozen, num, passes = features.backbone, len(features.pixels["test"]), 1
@@ -65,7 +65,7 @@ def inference_speeds(models: Sequence[SegmentationModel], features: Features) ->
     if shortest() < MEASURED_S:
         reset_timers(frozen, models)
         passes, begun = 0, time.perf_counter()
-        while not passes or (shortest() < MEASURED_S and passes < MOST_PASSES and time.perf_counter() - begun < 3 * MEASURED_S):
+        while not passes or (shortest() < MEASURED_S and passes < MOST_PASSES and time.perf_counter() - begun < MEASURED_S):
             for _ in segment_images(models, features, "test"):
                 pass
             passes += 1
