@@ -25,7 +25,7 @@ from cellbench.execution.artifacts import EvaluationResult
 from cellbench.execution.baseline_evaluation import evaluate_function
 from cellbench.execution.claims import ActiveRun, Outcome, RunClaims
 from cellbench.execution.cohort_inputs import CohortInputs
-from cellbench.execution.failures import TRACEBACK, describe_failure, traceback_of
+from cellbench.execution.failures import describe_failure, traceback_of
 from cellbench.execution.finished_training import finished_trainers
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import CohortProgress, Report, no_report
@@ -36,6 +36,7 @@ from cellbench.execution.shift_tests import (
     predict_with_function,
     predict_with_heads,
     run_tests,
+    try_tests,
 )
 from cellbench.execution.wanted_tests import missing_tests, wanted_tests
 from cellbench.features.extractor import Features, non_finite_reason
@@ -45,7 +46,6 @@ from cellbench.metrics import catalog
 from cellbench.models.baselines.build import FoundClasses, open_baseline
 from cellbench.system_load import SystemLoad
 from cellbench.temporary import TemporaryFolder
-from cellbench.tracking.offline_queue import CallRejectedError
 from cellbench.tracking.schema import RunRecord, RunState
 from cellbench.tracking.tracker import Tracker
 from cellbench.training import checkpoints
@@ -381,25 +381,8 @@ class Runner:
         self.say(
             f"{title}: {len(runs)} run{'s' * (len(runs) != 1)} tested on {len({name for one in runs for name in one.lacks})} more sets of images."
         )
-        self._try_further(runs, out)
+        try_tests(runs, self._run_tests, out, self.say)
         release_memory()
-
-    def _try_further(self, runs: Sequence[FinishedRunToTest], out: Outcome) -> None:
-        """Tests the runs together, after an error each alone. Those that cannot be tested stay finished, and ``out.untested`` says why."""
-        try:
-            self._run_tests(runs)
-            return
-        except (SystemFault, CallRejectedError):
-            raise
-        except Exception as error:
-            reason, all_meet_it = describe_failure(error).partition(f" {TRACEBACK}")[0], isinstance(error, WeightsUnavailable)
-        if len(runs) > 1 and not all_meet_it:
-            for one in runs:
-                self._try_further([one], out)
-            return
-        for one in runs:
-            out.untested[one.record.name] = reason
-            self.say(f"{one.record.name}: not tested on more images: {reason} The same command tries again.")
 
     def _run_tests(self, runs: Sequence[FinishedRunToTest]) -> None:
         one = runs[0].resolved

@@ -21,8 +21,10 @@ from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.transforms import perturbations
 from cellbench.data.transforms.perturbations import PerturbedDataset
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, SystemFault, WeightsUnavailable
 from cellbench.execution.artifacts import SEPARATION, EvaluationResult, per_image_record, round_metric, rounded
+from cellbench.execution.claims import Outcome
+from cellbench.execution.failures import TRACEBACK, describe_failure
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.wanted_tests import tested
 from cellbench.features.extractor import Features
@@ -32,6 +34,7 @@ from cellbench.metrics.catalog import Metric
 from cellbench.metrics.pixel import confusion_matrix, nan_mean, per_image_scores, pixel_scores, pooled_classes
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 from cellbench.models.baselines.build import FoundClasses
+from cellbench.tracking.offline_queue import CallRejectedError
 from cellbench.tracking.schema import CALIBRATION, SHIFT_TESTS, TESTED, RunRecord
 from cellbench.tracking.tracker import Tracker
 from cellbench.training.evaluator import CohortEvaluator, Prediction
@@ -149,6 +152,26 @@ def run_tests(
             metrics[k] |= _finite(f"shift.{each.name}/dice", nan_mean(dice))
     for one, new, values in zip(runs, found, metrics, strict=True):
         _log(tracker, one, new, values)
+
+
+def try_tests(
+    runs: Sequence[FinishedRunToTest], test: Callable[[Sequence[FinishedRunToTest]], None], out: Outcome, say: Callable[[str], None]
+) -> None:
+    """Tests the runs together, after an error each alone. Those that cannot be tested stay finished, and ``out.untested`` says why."""
+    try:
+        test(runs)
+        return
+    except (SystemFault, CallRejectedError):
+        raise
+    except Exception as error:
+        reason, all_meet_it = describe_failure(error).partition(f" {TRACEBACK}")[0], isinstance(error, WeightsUnavailable)
+    if len(runs) > 1 and not all_meet_it:
+        for one in runs:
+            try_tests([one], test, out, say)
+        return
+    for one in runs:
+        out.untested[one.record.name] = reason
+        say(f"{one.record.name}: not tested on more images: {reason} The same command tries again.")
 
 
 def _score_set(

@@ -1,7 +1,8 @@
 """Opens an image file, identified by its first bytes, checks it for damage and decodes it. `images` interprets the values.
 
 Every fault of a file becomes one `CellbenchError` that names it. Decoders do not detect them all: Pillow leaves the missing rows of a truncated
-PNG black, libtiff the strips that a TIFF does not list, and tifffile inflates without a limit; so these are checked, here and in `file_checks`.
+PNG black, libtiff the strips that a TIFF does not list, and tifffile inflates without a limit; so these are checked, here,
+in `file_checks` and in `tiff_checks`.
 
 Not detected: JPEG has no checksum, so flipped bits, or a JPEG cut short and closed again, give wrong pixels.
 """
@@ -14,7 +15,6 @@ import math
 import os
 import stat
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -43,6 +43,7 @@ from cellbench.data.io.file_checks import (
     png_bits,
     png_chunks,
 )
+from cellbench.data.io.tiff_checks import channel_axis, check_channels, check_deflate, check_tiff, is_plain, tiff_page
 from cellbench.errors import CellbenchError, one_line
 
 # Not through Image.open: it applies a process-wide limit, and tries dozens of other formats (one of which runs Ghostscript).
@@ -57,11 +58,6 @@ _READERS: dict[bytes, tuple[str, type[ImageFile.ImageFile]]] = {
 }  # fmt: skip
 _MODES = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "YCbCr", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"})
 """Pillow's modes of grey, palette and RGB, optionally with alpha, at all depths."""
-CHANNELS = (
-    "the channels to read as a grey or RGB file. Data to train on may instead name them on its card, such as channels = [0, 1, 2]; `predict` reads "
-    "those that its model was trained on"
-)
-"""The advice for channels of unknown meaning, whoever reads the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +164,7 @@ def _reader(fp: BinaryIO, kind: str) -> ImageFile.ImageFile:
 
 def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> OpenImage:
     if kind == "TIFF":
-        page = _tiff_page(fp, stack)
+        page = tiff_page(fp, stack)
         turn, shape = page.tags.valueof(274, 1), (page.imagelength, page.imagewidth)
         return OpenImage(fp=fp, kind=kind, num_bytes=num_bytes, page=page, turn=turn, shape=shape[::-1] if turn in (5, 6, 7, 8) else shape)
     image = _reader(fp, kind)
@@ -194,50 +190,6 @@ def _header(fp: BinaryIO, kind: str, num_bytes: int, stack: bool) -> OpenImage:
     return OpenImage(fp=fp, kind=kind, num_bytes=num_bytes, turn=turn, shape=shape, info=info, mode=image.mode, wide=wide, bits=bits)
 
 
-def _tiff_page(fp: BinaryIO, stack: bool) -> Any:
-    import tifffile  # takes 0.15 s, and most folders do not need it
-
-    fp.seek(0)
-    tif = tifffile.TiffFile(fp)
-    page: Any = tif.pages[0]
-    # Thumbnails, smaller copies and transparency masks (NewSubfileType 1 and 4) are no pages. After 16 of them no other page is expected.
-    others: list[Any] = tif.pages[1:17]
-    more = any(not (other.is_reduced or other.is_mask) for other in others)
-    pages = max(len(tif.pages) if more else 1, page.imagedepth)
-    if tif.is_imagej:  # a stack in one page
-        pages = max(pages, int((tif.imagej_metadata or {}).get("images", 1)))
-    if pages > 1 and not (stack and _channel_axis(tif) is not None):
-        todo = f"Save each page as a file of its own; if they are channels, save {CHANNELS}"
-        raise FileError(f"has {pages} pages (a stack or a film). {todo}")
-    return page
-
-
-def _channel_axis(tif: Any) -> int | None:
-    """The channel axis of a TIFF's first series; None if there is none, or if there is another axis (depth, time)."""
-    series = tif.series[0]
-    more = [k for k, (axis, num) in enumerate(zip(series.axes, series.shape, strict=True)) if axis not in "YX" and num > 1]
-    return more[0] if len(more) == 1 and series.axes[more[0]] in "CSIQ" else None
-
-
-def _check_tiff(page: Any, fp: BinaryIO, num_bytes: int) -> None:
-    """The table must list every strip or tile, whole and inside the file: decoders leave others black."""
-    parts = list(zip(page.dataoffsets, page.databytecounts, strict=False))[: math.prod(page.chunked)]
-    if len(parts) < math.prod(page.chunked) or any(count < 1 or start < 1 or start + count > num_bytes for start, count in parts):
-        raise FileError("is truncated: its table points at pixels that are not in the file. Copy it again")
-    if page.compression == 1 and sum(count for _, count in parts) * 8 < math.prod(page.shape) * page.bitspersample:
-        raise FileError("is truncated: it holds fewer bytes than pixels. Copy it again")
-    if page.is_tiled and page.tilewidth * page.tilelength > max(4 * page.imagewidth * page.imagelength, 2**22):
-        raise FileError("claims tiles far larger than the image. Save it again")
-    if page.compression == 7:  # JPEG with a header in each part; libtiff leaves black what a smaller one does not fill
-        high, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
-        for index, (start, count) in enumerate(parts):
-            top = 0 if page.is_tiled else index % -(-page.imagelength // high) * high
-            fp.seek(start)
-            height, width = check_jpeg(fp.read(count))
-            if width < wide or height < (high if page.is_tiled else min(high, page.imagelength - top)):
-                raise FileError("is damaged: its JPEG data are smaller than their place. Copy it again")
-
-
 def decode_pixels(picture: OpenImage, channels: tuple[int, ...] = ()) -> Image.Image | np.ndarray:
     """Up to 8 bits usually a loaded Pillow image; else an upright array (H, W, 1 to 4), a 2nd or 4th channel being alpha.
 
@@ -249,10 +201,10 @@ def decode_pixels(picture: OpenImage, channels: tuple[int, ...] = ()) -> Image.I
 def _decoded(picture: OpenImage, any_channels: bool = False) -> Image.Image | np.ndarray:
     fp, page = picture.fp, picture.page
     if page is not None:
-        _check_tiff(page, fp, picture.num_bytes)
+        check_tiff(page, fp, picture.num_bytes)
         check_channels(page)
         too_large = math.prod(picture.shape) > 2 * (Image.MAX_IMAGE_PIXELS or math.inf)  # for Pillow
-        plain = page.dtype == np.uint8 and page.photometric in (0, 1, 2) and page.bitspersample == 8 and _plain_tiff(page)
+        plain = page.dtype == np.uint8 and page.photometric in (0, 1, 2) and page.bitspersample == 8 and is_plain(page)
         if page.dtype is None or page.dtype.itemsize > 1 or page.dtype.kind not in "ub" or (too_large and plain):
             return _tiff_values(picture)
     elif picture.kind == "PNG":
@@ -282,21 +234,6 @@ def _decoded(picture: OpenImage, any_channels: bool = False) -> Image.Image | np
     return image
 
 
-def check_channels(page: Any) -> None:
-    """Raises FileError for a TIFF whose channels are not those of grey, palette or RGB, optionally with one alpha.
-
-    One rule for all depths: Pillow silently drops a fourth channel of 8 bits without a stated meaning, and a fifth.
-    """
-    num, extra = page.samplesperpixel, tuple(page.extrasamples)
-    colours = {0: 1, 1: 1, 2: 3, 3: 1, 6: 3}.get(int(page.photometric))
-    if colours is None:
-        raise FileError(f"is in {getattr(page.photometric, 'name', page.photometric)} colours. Save it as grey or RGB")
-    if not (num == colours or (num == colours + 1 and extra[:1] in ((1,), (2,)))):
-        raise FileError(
-            f"has {num} channels of {page.bitspersample} bits, of which {num - colours} have no stated meaning. Save {CHANNELS}"
-        )
-
-
 def _chosen(picture: OpenImage, channels: tuple[int, ...]) -> np.ndarray:
     """(H, W, C) values of these channels, upright; alpha is a channel like any other."""
     pixels = _all_channels(picture) if picture.page is not None else None
@@ -320,7 +257,7 @@ def _chosen(picture: OpenImage, channels: tuple[int, ...]) -> np.ndarray:
 def _all_channels(picture: OpenImage) -> np.ndarray | None:
     """(H, W, C) values of a TIFF, upright, with channels in one page or in one page each; None for plain grey or RGB."""
     page, tif = picture.page, picture.page.parent
-    axis, series = _channel_axis(tif), tif.series[0]
+    axis, series = channel_axis(tif), tif.series[0]
     if axis is None or series.axes[axis] == "S":
         with contextlib.suppress(FileError):
             check_channels(page)
@@ -329,10 +266,10 @@ def _all_channels(picture: OpenImage) -> np.ndarray | None:
         raise FileError(f"has {page.samplesperpixel} channels in an unknown order. Save it again")
     pages = [other.aspage() for other in series.pages if other is not None]
     for other in pages:
-        if not _plain_tiff(other):
+        if not is_plain(other):
             raise FileError("has a compression for which channels cannot be selected. Save it without compression, or with deflate")
-        _check_tiff(other, picture.fp, picture.num_bytes)
-        _check_deflate(picture, other)
+        check_tiff(other, picture.fp, picture.num_bytes)
+        check_deflate(other, picture.fp)
     if series.shape[axis] > 64:
         raise FileError(f"has {series.shape[axis]} channels; at most 64 are read")
     order = [series.axes.index("Y"), series.axes.index("X"), axis]
@@ -381,11 +318,6 @@ def _opencv(fp: BinaryIO) -> np.ndarray:
     return pixels if pixels.ndim == 2 else pixels[..., [2, 1, 0, 3][: pixels.shape[2]]]
 
 
-def _plain_tiff(page: Any) -> bool:
-    """Whether tifffile decodes it without a further package."""
-    return page.compression in (1, 8, 32946, 32773) and page.predictor in (1, 2) and page.bitspersample % 8 == 0
-
-
 def _tiff_values(picture: OpenImage) -> np.ndarray:
     """(H, W, C) values of a TIFF, upright, through tifffile or else (LZW) OpenCV."""
     page = picture.page
@@ -393,8 +325,8 @@ def _tiff_values(picture: OpenImage) -> np.ndarray:
         raise FileError(
             f"is in {getattr(page.photometric, 'name', page.photometric)} colours of {page.bitspersample} bits. Save it as grey or RGB"
         )
-    if _plain_tiff(page):
-        _check_deflate(picture, page)
+    if is_plain(page):
+        check_deflate(page, picture.fp)
         pixels = page.asarray(maxworkers=1)
         pixels = np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 and page.planarconfig == 2 else pixels
         pixels = pixels if pixels.ndim == 3 else pixels[..., None]
@@ -406,14 +338,3 @@ def _tiff_values(picture: OpenImage) -> np.ndarray:
             raise FileError("counts brightness from white and has more than 16 bits. Save it with 0 as black")
         pixels = np.iinfo(pixels.dtype).max - pixels
     return to_upright(pixels, picture)
-
-
-def _check_deflate(picture: OpenImage, page: Any) -> None:
-    """No strip or tile may inflate to more than an image: tifffile, without imagecodecs, inflates without a limit."""
-    if page.compression not in (8, 32946):
-        return
-    bound = max(2**22, 4 * math.prod(page.shape) * page.dtype.itemsize)
-    for start, count in zip(page.dataoffsets, page.databytecounts, strict=False):
-        picture.fp.seek(start)
-        if len(zlib.decompressobj().decompress(picture.fp.read(count), bound)) >= bound:
-            raise FileError("inflates to far more than its picture. Save it again")

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from cellbench.data.io.decode import check_channels
 from cellbench.data.io.images import read_image_with_notes
 from cellbench.data.io.intensity import IntensityScaling, Note
+from cellbench.data.io.tiff_checks import check_channels
 from cellbench.errors import CellbenchError, one_line
 
 LARGE_PX = 50_000_000

@@ -11,7 +11,7 @@ import pytest
 
 from cellbench.errors import SystemFault, WeightsUnavailable
 from cellbench.execution.claims import ActiveRun, Outcome, RunClaims
-from cellbench.execution.runner import Runner
+from cellbench.execution.shift_tests import try_tests
 from cellbench.training import checkpoints
 
 EXPERIMENT = "claims"
@@ -61,13 +61,13 @@ def test_checkpoints_that_nobody_resumes_are_removed():
 class RunnerOfTests:
     """Stands for the runner: which runs cannot be tested, and which calls were made."""
 
-    _try_further = Runner._try_further
-
     def __init__(self, faults: dict[str, Exception]) -> None:
         self.faults, self.calls, self.said = faults, [], []
-        self.say = self.said.append
 
-    def _run_tests(self, runs):
+    def try_tests(self, runs, out):
+        try_tests(runs, self.run_tests, out, self.said.append)
+
+    def run_tests(self, runs):
         self.calls.append([one.record.name for one in runs])
         for one in runs:
             if one.record.name in self.faults:
@@ -80,7 +80,7 @@ def runs_to_test():
 
 def test_a_run_that_cannot_be_tested_further_stops_no_other():
     runner, out = RunnerOfTests({"b": RuntimeError("its head.safetensors is damaged")}), Outcome()
-    runner._try_further(runs_to_test(), out)
+    runner.try_tests(runs_to_test(), out)
     assert runner.calls == [["a", "b", "c"], ["a"], ["b"], ["c"]]
     assert list(out.untested) == ["b"]
     assert "is damaged" in out.untested["b"]
@@ -89,8 +89,8 @@ def test_a_run_that_cannot_be_tested_further_stops_no_other():
 
 def test_weights_that_all_lack_are_said_once_and_a_full_disk_stops():
     runner, out = RunnerOfTests({"a": WeightsUnavailable("no weights.")}), Outcome()
-    runner._try_further(runs_to_test(), out)
+    runner.try_tests(runs_to_test(), out)
     assert runner.calls == [["a", "b", "c"]]
     assert set(out.untested) == set("abc")
     with pytest.raises(SystemFault, match="no space"):
-        RunnerOfTests({"a": SystemFault("no space")})._try_further(runs_to_test(), Outcome())
+        RunnerOfTests({"a": SystemFault("no space")}).try_tests(runs_to_test(), Outcome())
