@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from small_data import QUESTION, SHARED, enter, finish_grid, write_set
+from undrawn import Undrawn, unrendered
 
 from cellbench import startup
 from cellbench.background import BackgroundCalls
+from cellbench.reporting.report_data import Figure
 
 if TYPE_CHECKING:
     from cellbench.tracking.tracker import Tracker
@@ -42,6 +46,9 @@ LONGEST = (
     *("fit", "folds", "export", "planted", "predict", "parallel", "randomness", "weight_values", "checkpoints", "masks", "report"),
     *("commands", "keypoint_matching", "intensity"),
 )
+
+
+DRAWN = Figure.__dict__["_drawn"]
 
 
 class LentCalls(BackgroundCalls):
@@ -85,15 +92,10 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What a command makes at its start, and hundreds of tests with it, is made once: an empty store, and processes that draw.
-
-    They cost 3 of a small grid's 6.5 processor seconds. The tests of both (test_sqlite_store.py, test_background.py) use the real ones.
-    """
-    from cellbench.execution import experiment_run, result_logging
+    """The empty store that a command makes at its start, and hundreds of tests with it, is made once. Its own tests make it anew."""
     from cellbench.tracking import sqlite_store
 
     empty, copy, keep = tmp_path_factory.mktemp("store") / "empty.db", sqlite_store._copy, sqlite_store._keep_as_template
-    drawing = LentCalls(2)
 
     def keep_also_here(file: Path, template: Path) -> None:
         keep(file, template)
@@ -103,10 +105,43 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sqlite_store, "_copy", lambda template, file: copy(template, file) or copy(empty, file))
         patch.setattr(sqlite_store, "_keep_as_template", keep_also_here)
-        for module in (experiment_run, result_logging):
-            patch.setattr(module, "BackgroundCalls", lambda: drawing)
         yield
-    drawing.end()
+
+
+@pytest.fixture(scope="session")
+def drawing() -> Iterator[LentCalls]:
+    """Processes that draw, started once for all tests that look at pictures; test_background.py starts its own."""
+    calls = LentCalls(2)
+    yield calls
+    calls.end()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def undrawn() -> Iterator[None]:
+    """No picture is rendered, where a test does not ask for ``pictures``."""
+    from cellbench.execution import experiment_run, result_logging
+
+    laid_out = cached_property(unrendered)
+    laid_out.__set_name__(Figure, "_drawn")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment_run, "BackgroundCalls", Undrawn)
+        patch.setattr(result_logging, "BackgroundCalls", Undrawn)
+        patch.setattr(Figure, "_drawn", laid_out)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch, drawing: LentCalls) -> None:
+    """Has the pictures of the test's grids and reports rendered."""
+    for module in ("experiment_run", "result_logging"):
+        monkeypatch.setattr(f"cellbench.execution.{module}.BackgroundCalls", lambda: drawing)
+    monkeypatch.setattr("cellbench.reporting.report_data.Figure._drawn", DRAWN)
+
+
+@pytest.fixture
+def undrawn_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor in the processes that a test starts."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "helpers" / "in_processes"), prepend=os.pathsep)
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +154,7 @@ def own_place(tmp_path: Path, caches: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """No test writes into the repository, the home folder or another test's store, and no setting of the caller's shell reaches one."""
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # compiling the package takes each process a third of a second
     monkeypatch.setenv("CELLBENCH_CACHE", str(caches / tmp_path.name))
     monkeypatch.chdir(tmp_path)
 

@@ -28,7 +28,7 @@ from cellbench.training.trainer import HeadTrainer
 
 REGISTRY = Registry()
 FP32 = Hardware(device_name="cpu", precision_name="fp32", memory_bytes=2**30)
-SMALL = {"tile_px": 64, "epochs": 3, "crops_per_image": 5, "batch_size": 4, "overlap": 0.25, "lr": 5e-3, "patience": 0}
+SMALL = {"tile_px": 64, "epochs": 2, "crops_per_image": 3, "batch_size": 4, "overlap": 0.25, "lr": 5e-3, "patience": 0}
 
 
 def run_of(head: str = "bilinear", backbone: str = "vit-tiny-random", **settings: Any) -> RunSpec:

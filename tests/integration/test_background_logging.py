@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from small_data import QUESTION, write_set
 
 from cellbench.execution import artifacts
@@ -21,6 +23,22 @@ GRID = ["grid", "small.toml", "--data", "smears", "--device", "cpu"]
 def question(tmp_path: Path) -> None:
     write_set(tmp_path, ["a.png", "b.png", "c.png"], ["t.png"])
     Path("small.toml").write_text(QUESTION.replace("epochs  = 2", "epochs  = 1"))
+
+
+def test_every_run_has_its_pictures_and_the_grid_its_report_with_figures(question: None, pictures: None) -> None:
+    assert main(GRID) == 0
+    tracker = Tracker("small", make=False)
+    runs = {run.name: run for run in tracker.stored()}
+    asked = {
+        "vit-tiny-random · detail · seed 0": ("curves", "scores", "worst"),
+        "otsu · seed 0": ("scores", "worst"),
+        "grid: small": ("leaderboard", "images"),
+    }
+    for name, figures in asked.items():
+        for figure in figures:
+            drawn = Image.open(io.BytesIO(tracker.artifact(runs[name], f"figures/{figure}.png")))
+            assert min(drawn.size) > 100 < len(drawn.convert("RGB").getcolors(2**24)), (name, figure)
+    assert (tracker.artifact(runs["grid: small"], "report.html") or b"").count(b"data:image/svg+xml") > 1
 
 
 def states() -> dict[str, str]:
@@ -39,7 +57,7 @@ def test_what_is_evaluated_is_kept_after_ctrl_c_in_the_next_cohort(question: Non
     assert len(list(Path("mlruns").rglob("figures/scores.png"))) == 1
 
 
-def test_a_picture_that_cannot_be_drawn_fails_its_run(question: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_cannot_be_drawn_fails_its_run(question: None, pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(artifacts, "draw_scores", math.sqrt)
     assert main(GRID) == 1
     assert "finished" not in states().values()

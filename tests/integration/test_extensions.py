@@ -199,7 +199,7 @@ def test_the_layout_of_the_page_is_read(here, monkeypatch, tmp_path, capsys):
     assert "train|test/tif/ with train|test/annotation/" in capsys.readouterr().out
 
 
-def test_the_figure_of_the_page_is_drawn_and_in_the_report(here, monkeypatch):
+def test_the_figure_of_the_page_is_drawn_and_in_the_report(here, monkeypatch, pictures):
     (code,) = [block for block in BLOCKS if "def plot_seeds" in block]
     (line,) = [block for block in BLOCKS if block.startswith("blocks.append")]
     scope: dict[str, object] = {}

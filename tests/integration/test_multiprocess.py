@@ -18,6 +18,7 @@ from cellbench.hardware import Hardware
 from cellbench.models.backbones.base import Backbone
 from cellbench.run import main
 
+pytestmark = pytest.mark.usefixtures("undrawn_processes")
 TWO = Hardware(device_name="cpu", precision_name="fp32", memory_bytes=1000, lanes=2)
 
 

@@ -19,7 +19,7 @@ def run(head: str, mean: float, *, with_counts: bool) -> FinishedRun:
     return finished_run(head, record)
 
 
-def test_the_figure_shows_the_best_models_that_have_counts() -> None:
+def test_the_figure_shows_the_best_models_that_have_counts(pictures) -> None:
     runs = [run(head, 0.95 - k / 100, with_counts=k > 2) for k, head in enumerate(("fpn", "detail", "bilinear", "unetr"))]
     (here,), _ = group_models(runs)
     report = build_report(ExperimentResults(experiment="e", sets=(here,)))

@@ -73,7 +73,7 @@ def test_what_twice_the_images_would_give_is_said_for_each_curve(here) -> None:
 
 
 @pytest.mark.slow
-def test_the_report_has_the_section_only_where_there_is_a_curve(here) -> None:
+def test_the_report_has_the_section_only_where_there_is_a_curve(here, pictures) -> None:
     assert main(["report", "labels", "--out", "r"]) == 0
     assert "How few training images are enough?" in Path("r/report.html").read_text(encoding="utf-8")
     rows = Path("r/labels.csv").read_text(encoding="utf-8").splitlines()

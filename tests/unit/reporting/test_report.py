@@ -77,7 +77,7 @@ def test_seeds_are_one_model_and_the_best_comes_first(project):
 
 
 @pytest.mark.slow
-def test_the_page_needs_nothing_else_and_tables_are_the_same_in_every_format(project, capsys):
+def test_the_page_needs_nothing_else_and_tables_are_the_same_in_every_format(project, capsys, pictures):
     assert main(["report", EXPERIMENT, "--out", "out"]) == 0
     said = capsys.readouterr().out
     text = Path("out/report.html").read_text(encoding="utf-8")
@@ -287,7 +287,7 @@ def test_one_model_alone_is_reported_without_tests(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_another_process_draws_the_same_figures(project):
+def test_another_process_draws_the_same_figures(project, pictures):
     figures = list(build_report(results()).figures())
     with closing(BackgroundCalls(1)) as pool:
         elsewhere = [pool.submit(draw, figure) for figure in figures]

@@ -150,7 +150,7 @@ def test_a_damaged_file_of_tests_is_no_test(data: bytes | None) -> None:
     assert read_further(data, 3) in ({}, {"sets": {}, "perturbed": {}})
 
 
-def test_the_report_has_a_figure_that_fits_a_phone_and_a_table_of_all_conditions() -> None:
+def test_the_report_has_a_figure_that_fits_a_phone_and_a_table_of_all_conditions(pictures) -> None:
     here = test_set(run("fpn", 0.95, 0.6, 0.8), run("detail", 0.93, 0.8, 0.9))
     report = build_report(ExperimentResults(experiment="e", sets=(here,)))
     figure = next(one for one in report.figures() if one.name == "falls")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cohorts import FP32, Listener, baseline_of, dataset_of, features_of, fitted, run_of, same, trainers_of
 from PIL import Image
+from small_data import write_set
 
 from cellbench.features.cache_admin import features_dir
 from cellbench.features.extractor import Batch
@@ -25,8 +26,9 @@ from cellbench.training.trainer import HeadTrainer, MiniBatches, batch_sizes
 
 
 @pytest.fixture
-def dataset(small_folder):
-    return dataset_of(small_folder)
+def dataset(tmp_path):
+    write_set(tmp_path, ["a0.png", "a1.jpg", "b2.png", "b3.jpeg"], ["t0.png"])
+    return dataset_of(tmp_path / "smears")
 
 
 RUNS = {
@@ -34,7 +36,7 @@ RUNS = {
     "seeds": [run_of(seed=0), run_of(seed=1)],
     "batch sizes": [run_of(batch_size=3), run_of(batch_size=7), run_of(batch_size=64)],
     "losses and schedules": [run_of(loss="ce"), run_of(loss="0.5 bce + 1 dice", schedule="constant"), run_of(lr=1e-2, weight_decay=0.1)],
-    "ends": [run_of(epochs=2), run_of(epochs=5, patience=1), run_of(epochs=4)],
+    "ends": [run_of(epochs=1), run_of(epochs=4, patience=1), run_of(epochs=3)],
 }
 
 
@@ -67,7 +69,7 @@ BF16 = Hardware(device_name="cpu", precision_name="bf16", memory_bytes=2**30)
 @pytest.mark.parametrize("machine", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("views", [1, 2])
 def test_cached_features_equal_streamed_ones(dataset, views, machine):
-    runs = [run_of("fpn", repeat_views_every=views, epochs=4), run_of("detail", repeat_views_every=views, epochs=4)]
+    runs = [run_of(head, repeat_views_every=views, epochs=views + 1) for head in ("fpn", "detail")]
     streamed, in_memory = fitted(dataset, runs, machine=machine, memory_bytes=0), fitted(dataset, runs, machine=machine)
     on_disk, from_disk = fitted(dataset, runs, machine=machine, **DISK), fitted(dataset, runs, machine=machine, **DISK)
     for trainers in (in_memory, on_disk, from_disk):
@@ -76,7 +78,7 @@ def test_cached_features_equal_streamed_ones(dataset, views, machine):
 
 @pytest.mark.slow
 def test_features_on_disk_serve_the_next_call_without_the_backbone(dataset):
-    runs = [run_of("fpn", repeat_views_every=2)]
+    runs = [run_of("fpn", repeat_views_every=2, epochs=3)]
     first = fitted(dataset, runs, **DISK)
     features = features_of(dataset, runs, **DISK)
     features.backbone.maps = None  # would raise if called
@@ -209,11 +211,11 @@ def test_the_backbone_runs_once_a_view_however_many_runs_learn(dataset):
     features.backbone.maps = lambda pixels: (counts.append(len(pixels)), inner(pixels))[1]
     fit(trainers_of(dataset, runs, features), features)
     val_tiles = sum(len(features.grid("val", i)) for i in range(len(dataset.val)))
-    assert sum(counts) == 3 * features.plan.num_views + val_tiles
+    assert sum(counts) == 2 * features.plan.num_views + val_tiles
 
 
 def test_repeated_views_pass_the_backbone_once_in_a_whole_training(dataset):
-    runs = [run_of(repeat_views_every=1, epochs=4)]
+    runs = [run_of(repeat_views_every=1, epochs=3)]
     features = features_of(dataset, runs)
     counts = []
     inner = features.backbone.maps
@@ -225,7 +227,7 @@ def test_repeated_views_pass_the_backbone_once_in_a_whole_training(dataset):
 
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(dataset):
-    runs = [run_of("transposed-conv", options={"width": 32}, epochs=4), run_of("bilinear", epochs=4)]
+    runs = [run_of("transposed-conv", options={"width": 32}, epochs=3), run_of("bilinear", epochs=3)]
     whole = fitted(dataset, runs)
     features = features_of(dataset, runs)
     again = trainers_of(dataset, runs, features)
