@@ -29,8 +29,8 @@ from cellbench.training.model import SegmentationModel
 from cellbench.training.test_time import inverse, turn_back, turned_batches
 
 ValidationCallback = Callable[[int, Tensor, Batch], None]
-GROUP_BYTES = 2**30
-"""Of the predictions for a batch of tiles by all models that are joined together, at most."""
+GROUP_BYTES = 2**21
+"""Of the predictions for one tile by all models that are joined together, at most: ten of two classes on 224 px. Large GPUs have 512 tiles at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,7 @@ def _groups(models: Sequence[SegmentationModel], features: Features, split: str)
     tall, wide = features.tile_px[split]
     groups = []
     for (_, num_classes, num_fields, _), alike in by_shape.items():
-        most = max(1, GROUP_BYTES // (4 * features.backbone.chunk * (num_classes - 1 + num_fields) * tall * wide))
+        most = max(1, GROUP_BYTES // (4 * (num_classes - 1 + num_fields) * tall * wide))
         groups += [alike[k : k + most] for k in range(0, len(alike), most)]
     return groups
 

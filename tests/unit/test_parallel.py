@@ -74,7 +74,7 @@ def test_images_are_segmented_the_same_with_two_threads_as_with_one(small_folder
         run_of("fpn", tta="d4"),
     ]
     answers = []
-    for machine, most_bytes in ((FP32, 2**30), (FP32, 1), (TWO, 2**30)):
+    for machine, most_bytes in ((FP32, 2**21), (FP32, 1), (TWO, 2**21)):
         monkeypatch.setattr(tiled_inference, "GROUP_BYTES", most_bytes)
         features = features_of(dataset, runs, machine=machine)
         models = [trainer.model for trainer in trainers_of(dataset, runs, features)]
