@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from small_data import QUESTION, SHARED, enter, finish_grid, write_set
-from undrawn import Undrawn, unrendered
+from undrawn import Undrawn, leave_undrawn, unrendered
 
 from cellbench import startup
 from cellbench.background import BackgroundCalls
@@ -141,7 +140,7 @@ def pictures(monkeypatch: pytest.MonkeyPatch, drawing: LentCalls) -> None:
 @pytest.fixture
 def undrawn_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor in the processes that a test starts."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "helpers" / "in_processes"), prepend=os.pathsep)
+    leave_undrawn(monkeypatch)
 
 
 @pytest.fixture(scope="session")

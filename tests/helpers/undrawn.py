@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import base64
 import inspect
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pytest
+
     from cellbench.reporting.report_data import DrawnFigure, Figure
 
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg==")
@@ -45,3 +49,8 @@ def unrendered(figure: Figure) -> DrawnFigure:
     if "narrow" in inspect.signature(figure._function).parameters:
         figure.draw(narrow=True)
     return DrawnFigure(picture=b"<svg xmlns='http://www.w3.org/2000/svg'/>", narrow=b"", png=PIXEL, caption=caption, width_px=1)
+
+
+def leave_undrawn(patch: pytest.MonkeyPatch) -> None:
+    """Has the processes that are started from now on, too, draw no picture of a run."""
+    patch.setenv("PYTHONPATH", str(Path(__file__).parent / "in_processes"), prepend=os.pathsep)

@@ -126,7 +126,7 @@ def test_leaderboard_and_report_have_the_own_metric_without_its_code(here, capsy
     assert len(board) == 6
 
 
-def test_workers_load_own_parts_and_give_the_same_numbers(here, tmp_path, monkeypatch):
+def test_workers_load_own_parts_and_give_the_same_numbers(here, tmp_path, monkeypatch, undrawn_processes):
     before = {name: {k: v for k, v in run.data.metrics.items() if not k.startswith(("cost/", "system/"))} for name, run in runs().items()}
     monkeypatch.setattr("cellbench.hardware.num_cores", lambda: 2)
     enter(fresh(here, tmp_path), monkeypatch)

@@ -256,7 +256,7 @@ def test_a_truncated_image_stops_before_anything_is_trained(question, tmp_path, 
 
 
 @pytest.fixture
-def start():
+def start(undrawn_processes):
     """Starts a grid as a process of its own in the current folder; none outlives its test."""
     started: list[subprocess.Popen[str]] = []
 

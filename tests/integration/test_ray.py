@@ -22,6 +22,7 @@ import torch
 from experiment_files import QUESTION, SEARCH, finished_results, place, process_killer
 from safetensors.torch import save_file
 from small_data import OWN_VIT
+from undrawn import leave_undrawn
 
 from cellbench.config.loading import read_experiment
 from cellbench.config.registry import Registry
@@ -41,22 +42,46 @@ TWO = Hardware(device_name="cpu", precision_name="fp32", memory_bytes=2**30, lan
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'cellbench[ray]'")
 
 
-@pytest.fixture
-def two_nodes(monkeypatch):
-    """Two nodes of one core on this machine, both with little memory for objects."""
-    monkeypatch.setattr("cellbench.hardware.num_cores", lambda: 2)
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+@pytest.fixture(scope="module")
+def cluster():
+    """Two nodes of one core on this machine, both with little memory for objects, on which no picture is rendered."""
     from ray.cluster_utils import Cluster
 
     small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "memory": 4 * 2**30}
-    cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
-    cluster.add_node(**small)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+        leave_undrawn(patch)
+        cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+        cluster.add_node(**small)
     yield cluster
     cluster.shutdown()
 
 
+@pytest.fixture
+def two_nodes(cluster, monkeypatch):
+    monkeypatch.setattr("cellbench.hardware.num_cores", lambda: 2)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    return cluster
+
+
+@needs_ray
+def test_a_search_runs_only_on_workers_of_the_cluster(tmp_path, monkeypatch, two_nodes):
+    place(tmp_path, monkeypatch)
+    Path("sought.toml").write_text(SEARCH.format(trials=2, batch=2))
+    assert main(["search", "sought.toml", "--data", "smears", "--device", "cpu", "--on", f"ray://{two_nodes.address}"]) == 0
+    runs = mlflow.search_runs(experiment_names=["sought"], output_format="list")
+    trials = [run for run in runs if "optuna.trial" in run.data.tags]
+    assert sorted(run.data.tags["optuna.trial"] for run in trials) == ["0", "1"]
+    tested = [run for run in runs if "test/dice" in run.data.metrics]
+    assert [run.data.tags["cellbench.status"] for run in tested] == ["finished"]
+    pids = {int(run.data.tags["cellbench.owner"].split(":")[1]) for run in trials + tested}
+    assert os.getpid() not in pids
+
+
 @needs_ray
 def test_two_nodes_of_which_one_is_killed_give_the_numbers_of_one_process_to_the_last_bit(tmp_path, monkeypatch, two_nodes, capsys):
+    """The last test of the cluster."""
     few = ["--set", "grid.seed=[0]", "--set", "baselines=[]"]
     place(tmp_path / "alone", monkeypatch)
     assert main([*QUESTION, *few]) == 0
@@ -79,20 +104,6 @@ def test_two_nodes_of_which_one_is_killed_give_the_numbers_of_one_process_to_the
     assert "its worker was lost" in printed
     assert len(alone) == 2
     assert finished_results() == alone
-
-
-@needs_ray
-def test_a_search_runs_only_on_workers_of_the_cluster(tmp_path, monkeypatch, two_nodes):
-    place(tmp_path, monkeypatch)
-    Path("sought.toml").write_text(SEARCH.format(trials=2, batch=2))
-    assert main(["search", "sought.toml", "--data", "smears", "--device", "cpu", "--on", f"ray://{two_nodes.address}"]) == 0
-    runs = mlflow.search_runs(experiment_names=["sought"], output_format="list")
-    trials = [run for run in runs if "optuna.trial" in run.data.tags]
-    assert sorted(run.data.tags["optuna.trial"] for run in trials) == ["0", "1"]
-    tested = [run for run in runs if "test/dice" in run.data.metrics]
-    assert [run.data.tags["cellbench.status"] for run in tested] == ["finished"]
-    pids = {int(run.data.tags["cellbench.owner"].split(":")[1]) for run in trials + tested}
-    assert os.getpid() not in pids
 
 
 def test_missing_ray_is_a_one_line_error(tmp_path, monkeypatch, capsys):

@@ -50,7 +50,7 @@ def here(project: Path, monkeypatch) -> Path:
     return project
 
 
-def test_finished_runs_are_tested_further_in_a_worker_process_and_only_once(here: Path, capsys) -> None:
+def test_finished_runs_are_tested_further_in_a_worker_process_and_only_once(here: Path, capsys, undrawn_processes: None) -> None:
     before = scores("per_image.json")
     trained = next(run for run in Tracker("shifted").stored() if run.params.get("baseline") == "none")
     fitted = Path(trained.artifact_uri.removeprefix("file://")) / "calibration.json"
