@@ -82,7 +82,7 @@ def _tracking(uri: str) -> str:
     theirs, ours = _get(f"{uri.rstrip('/')}/version", uri).strip(), importlib.metadata.version("mlflow")
     if theirs.split(".")[:2] != ours.split(".")[:2]:
         raise CellbenchError(f"{uri}: the server is MLflow {theirs}, this is {ours}. Install the same minor version on both.")
-    # The version is told to everyone; the calls of a grid are not.
+    # The version is shown to everyone; the calls of a grid are not.
     _get(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search", uri, {"max_results": 1})
     return f"{uri} answers, MLflow {theirs}."
 

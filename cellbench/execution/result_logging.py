@@ -49,12 +49,25 @@ class ResultLogging:
         out: Outcome,
         fail: Callable[[Exception], None],
     ) -> None:
-        """Has an evaluated run logged, once its pictures are drawn. ``folder``: its other artifacts; ``fail`` is told of an error."""
+        """Has an evaluated run logged, once its pictures are drawn; its status ``finished`` is written last.
+
+        ``folder``: its other artifacts. ``fail`` is called with an error.
+        """
         one.evaluated = True
+
+        def upload() -> None:
+            with folder:
+                pictures = {name: picture.result() for name, picture in drawn.items()}
+                with os_errors_as(f"writing a run's pictures to {folder.name}"):
+                    artifacts.write_pictures(Path(folder.name), pictures)
+                one.run.log_artifacts(Path(folder.name))
+            one.run.end("finished", metrics=metrics, tags=tags)
+            checkpoints.delete_checkpoint(one.checkpoint)
+            out.finished[one.name] = RunState(run_id=one.run.run_id, name=one.name, status="finished", metrics=metrics)
 
         def log() -> None:
             try:
-                _log(one, folder, drawn, metrics, tags, out)
+                upload()
             except SystemFault:
                 raise
             except Exception as error:
@@ -97,25 +110,6 @@ class ResultLogging:
         if self._drawing is not None and self._drawing is not self._given:
             self._drawing.close()
         self._drawing = None
-
-
-def _log(
-    one: ActiveRun,
-    folder: TemporaryFolder,
-    drawn: dict[str, Future[bytes]],
-    metrics: dict[str, float],
-    tags: dict[str, str],
-    out: Outcome,
-) -> None:
-    """Logs an evaluated run, once its pictures are drawn; writes the status ``finished`` last."""
-    with folder:
-        pictures = {name: picture.result() for name, picture in drawn.items()}
-        with os_errors_as(f"writing a run's pictures to {folder.name}"):
-            artifacts.write_pictures(Path(folder.name), pictures)
-        one.run.log_artifacts(Path(folder.name))
-    one.run.end("finished", metrics=metrics, tags=tags)
-    checkpoints.delete_checkpoint(one.checkpoint)
-    out.finished[one.name] = RunState(run_id=one.run.run_id, name=one.name, status="finished", metrics=metrics)
 
 
 def _close(opened: contextlib.ExitStack, logged: Sequence[Future[None]]) -> None:

@@ -1,6 +1,6 @@
 """Classes of single cells: which class each cell is taken for, and from that the counts and the AP50 of each class.
 
-Cells are matched as in ``cellbench.metrics.instance`` but whatever their class, so that a cell found as another class is told from a missed
+Cells are matched as in ``cellbench.metrics.instance`` but whatever their class, so that a cell found as another class is distinguished from a missed
 one. Everything follows from one matrix of counts (K, K): rows are the classes of true cells, columns those of predicted ones. Column 0 holds
 true cells that match no predicted one, row 0 predicted cells that match no true one. The diagonal sums to the cells found.
 """

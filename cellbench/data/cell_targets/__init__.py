@@ -1,1 +1,1 @@
-"""What a head learns beside the classes, so that touching cells can be told apart."""
+"""What a head learns beside the classes, so that touching cells can be separated."""

@@ -22,7 +22,7 @@ Colour = tuple[int, int, int]
 
 YELLOW, CYAN, LIME, ORANGE, WHITE, RED = (255, 225, 0), (0, 235, 255), (120, 255, 60), (255, 140, 0), (255, 255, 255), (255, 60, 60)
 INSTANCE_COLOURS: tuple[Colour, ...] = (YELLOW, CYAN, ORANGE, LIME, (255, 150, 255), WHITE, (150, 190, 255))
-"""Told apart from each other by most colour-blind readers, and none of them a stain's."""
+"""Distinguished from each other by most colour-blind readers, and none of them a stain's."""
 RIM: Colour = (20, 20, 30)
 
 

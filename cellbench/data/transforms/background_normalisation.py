@@ -60,7 +60,7 @@ class Background:
     """Each image's background becomes white and level, its foreground's median amount ``AMOUNT``; dark field is inverted.
 
     Independent of how many cells there are, where a mean over the image is not. Flat field and white balance are per channel, the amount's scale is
-    common to all, so hues of stains remain. An image whose background cannot be told is unchanged.
+    common to all, so hues of stains remain. An image whose background cannot be found is unchanged.
     """
 
     bright_field: float = AMOUNT

@@ -248,7 +248,7 @@ def _squares(lines: Sequence[PlotRow]) -> str:
 
 
 def _looks(lines: Sequence[PlotRow]) -> tuple[dict[str, tuple[float, float, float]], dict[str, str]]:
-    """Colours of backbones and marks of heads, as far as there are enough that can be told apart."""
+    """Colours of backbones and marks of heads, as far as there are enough that can be distinguished."""
     trained = [line for line in lines if not line.baseline]
     backbones, heads = (list(dict.fromkeys(getattr(line, part) for line in trained)) for part in ("backbone", "head"))
     return dict(zip(backbones, BACKBONE_COLOURS, strict=False)), dict(zip(heads, HEAD_MARKERS, strict=False))

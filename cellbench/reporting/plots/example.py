@@ -23,7 +23,7 @@ from cellbench.metrics.pixel import IGNORE
 ERROR_COLOURS = {"found": (0, 168, 107), "false alarm": (230, 48, 26), "missed": (0, 33, 168)}
 ERROR_SHARES = {"found": 0.45, "false alarm": 0.85, "missed": 0.85}
 """The weight of a colour over the grey image."""
-# Of outlines on stained and dark images: light ones, told apart by most colour-blind readers.
+# Of outlines on stained and dark images: light ones, distinguished by most colour-blind readers.
 OUTCOME_COLOURS = {"found": LIME, "missed": (120, 170, 255), "split": YELLOW, "merged": ORANGE}
 EXTRA_COLOUR = RED
 TITLE_PX, CAPTION_PX, GAP_PX = 15, 13, 12

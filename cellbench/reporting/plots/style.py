@@ -37,7 +37,7 @@ STYLE: dict[Any, Any] = {
 PALETTE = [to_rgb(colour) for colour in (
     "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9",
 )]  # fmt: skip
-"""Told apart by colour-blind readers: seaborn's ``colorblind``, after Wong 2011."""
+"""Distinguished by colour-blind readers: seaborn's ``colorblind``, after Wong 2011."""
 WIDTH_IN, NARROW_IN = 9.6, 3.9
 """Width of a figure on a page, and on a phone."""
 SHARP_DPI = 200
