@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import tempfile
@@ -127,7 +128,7 @@ def file_name(name: str, most: int = 60) -> str:
         return name
     name = to_nfc(name)
     plain = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[: most - 9]
-    return f"{plain}~{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    return f"{plain}~{text_digest(name, 8)}"
 
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
@@ -181,3 +182,13 @@ def compute_sha256(path: Path) -> str:
     """The content hash of a file, read now."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_digest(text: str, digits: int = 16) -> str:
+    """The first hex digits, at most 64, of the SHA-256 of a text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:digits]
+
+
+def facts_digest(facts: object, digits: int = 16) -> str:
+    """The same of facts that JSON can hold, such as what identifies a run; the order of keys does not count."""
+    return text_digest(json.dumps(facts, sort_keys=True), digits)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from cellbench.console import say
 from cellbench.data.count_truth import CountTruth
 from cellbench.escaping import escape_markdown
 from cellbench.execution import artifacts
+from cellbench.files import facts_digest
 from cellbench.metrics.counting import CountRow
 from cellbench.reporting.counts import MEANING, count_metrics, describe_counts
 from cellbench.temporary import TemporaryFolder
@@ -30,7 +29,7 @@ def log_counts(
     warning: str = "",
 ) -> None:
     """Logs an evaluation of counts as a run: counts.csv, the figure of agreement, metrics; and prints its sentences. ``facts``: identify what counted."""
-    key = hashlib.sha256(json.dumps([EVALUATION, "counts", *facts, truth.digest]).encode()).hexdigest()[:16]
+    key = facts_digest([EVALUATION, "counts", *facts, truth.digest])
     known = tracker.known(key).get(key)
     lines = describe_counts(rows)
     folder = truth.root.absolute().name

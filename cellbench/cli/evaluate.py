@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from cellbench.data.loading import open_count_truth
 from cellbench.errors import CellbenchError
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
-from cellbench.files import file_name
+from cellbench.files import facts_digest, file_name
 from cellbench.inference.counting import count_cells
 from cellbench.inference.evaluation import Evaluation, evaluate_segmenter, open_test_images
 from cellbench.inference.segmenter import Segmenter
@@ -120,7 +119,7 @@ class _Tested:
 
 def _log(tested: _Tested, tracker: Tracker, machine: str, precision: str) -> None:
     trained, dataset, seen, metrics = tested.trained, tested.dataset, tested.seen, tested.metrics
-    key = hashlib.sha256(json.dumps([EVALUATION, trained.fingerprint, dataset.digest, precision]).encode()).hexdigest()[:16]
+    key = facts_digest([EVALUATION, trained.fingerprint, dataset.digest, precision])
     tags = {"cellbench.kind": EVALUATION, EVALUATED: trained.run_id or trained.name, "model": trained.run.model, "dataset": dataset.name}
     known = next((run for run in tracker.stored() if run.fingerprint == key), None)
     with tracker.run(tested.name, key, parent=trained.run_id, known=known, tags=tags) as run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +23,7 @@ from cellbench.data.transforms.framing import Framing
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown_name
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.features.token_maps import FeatureMaps, cosine_map, feature_maps, pca_rgb
-from cellbench.files import make_folder, to_nfc
+from cellbench.files import facts_digest, make_folder, to_nfc
 from cellbench.hardware import detect_hardware
 from cellbench.models.backbones.build import open_backbone
 from cellbench.models.backbones.weights import weights_folder
@@ -70,7 +69,7 @@ def explore(options: ExploreOptions) -> int:
     say(f"pictures are in {folder}")
     if tracker is not None:
         choices = (options.data, list(options.backbone), list(options.framing), options.image, options.point, options.tile_px, options.seed)
-        key = hashlib.sha256(json.dumps([options.features, *map(str, choices)]).encode()).hexdigest()[:16]
+        key = facts_digest([options.features, *map(str, choices)])
         with tracker.run(title, key, known=tracker.known(key).get(key), tags={"cellbench.kind": "explore"}) as run:
             run.log({f"data/{fact}": value for fact, value in facts.items() if not np.isnan(value)})
             run.log_artifacts(folder)

@@ -5,10 +5,8 @@ Listing reads cards only; a card's code is imported when it is built. A card in 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +29,7 @@ from cellbench.config.cards import (
 )
 from cellbench.config.run import RunSpec, weighted_terms
 from cellbench.errors import CellbenchError, keeping_on, unknown_name
-from cellbench.files import to_nfc
+from cellbench.files import facts_digest, text_digest, to_nfc
 from cellbench.startup import without_compiler
 
 
@@ -238,14 +236,14 @@ def code_digest(card: Card) -> str:
 def digest_of(card: Card) -> str:
     """Sixteen hex digits over what can change numbers of a card: its facts, apart from descriptions, and the code behind it."""
     facts = card.model_dump(mode="json", exclude=set(card.DESCRIPTIVE))
-    return hashlib.sha256(json.dumps([facts, code_digest(card)], sort_keys=True).encode()).hexdigest()[:16]
+    return facts_digest([facts, code_digest(card)])
 
 
 def _from_file(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     # By its full path: two folders may each have a my_head.py.
-    name = f"cellbench_user_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    name = f"cellbench_user_{path.stem}_{text_digest(str(path.resolve()), 8)}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

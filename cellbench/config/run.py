@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from cellbench.config.base import Scalar, StrictModel
+from cellbench.files import facts_digest
 
 # Increased whenever a code change alters the numbers of an unchanged spec; finished runs of older versions are then executed again.
 NUMERICS_VERSION = 4
@@ -219,7 +218,7 @@ def fingerprint(run: RunSpec, dataset_digest: str, parts_digest: str) -> str:
     """
     unused = {name for name, value in ADDED_LATER.items() if getattr(run, name) == value}
     facts = {"numerics": NUMERICS_VERSION, "run": run.model_dump(exclude=unused), "dataset": dataset_digest, "parts": parts_digest}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return facts_digest(facts)
 
 
 def member_seeds(text: str) -> list[int]:

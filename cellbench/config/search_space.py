@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -21,6 +20,7 @@ from cellbench.config.experiment import DataSpec, Experiment, expand
 from cellbench.config.registry import Registry
 from cellbench.config.run import AFTER_TRAINING, RUN_KEYS, RunSpec
 from cellbench.errors import CellbenchError, unknown_name
+from cellbench.files import facts_digest
 
 DIMENSIONS = ("backbone", "head", *(name for name in RUN_KEYS if name not in ("seed", "fold")))
 """Settings that may vary. Not the seed, and not the fold, since one fold tests on the training images of another."""
@@ -241,7 +241,7 @@ class Space:
 
     def digest(self, more: Iterable[str] = ()) -> str:
         """Sixteen hex digits over ``facts`` and ``more``."""
-        return hashlib.sha256(json.dumps([self.experiment, self.facts, *more], sort_keys=True).encode()).hexdigest()[:16]
+        return facts_digest([self.experiment, self.facts, *more])
 
 
 def _kind(name: str) -> type | None:

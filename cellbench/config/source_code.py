@@ -8,12 +8,13 @@ their versions are assumed to agree to rounding. Modules imported by a computed 
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib.util
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+
+from cellbench.files import compute_sha256, text_digest
 
 OURS = "cellbench"
 """The package's own code, which ``NUMERICS_VERSION`` represents."""
@@ -31,8 +32,8 @@ def digest(builder: str, folder: Path) -> str:
     files = _closure(module, folder)
     if not files:
         return ""
-    facts = [f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for name, file in sorted(files.items())]
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+    facts = [f"{name} {compute_sha256(file)}" for name, file in sorted(files.items())]
+    return text_digest("\n".join(facts))
 
 
 def _closure(module: str, folder: Path) -> dict[str, Path]:

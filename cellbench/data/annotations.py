@@ -7,7 +7,6 @@ run lengths are decoded here: pycocotools 2.0.11 returns uninitialised memory wh
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ import numpy as np
 
 from cellbench.data.io import images
 from cellbench.errors import CellbenchError, one_line, quote_name
-from cellbench.files import compute_sha256
+from cellbench.files import compute_sha256, facts_digest, text_digest
 from cellbench.metrics.pixel import IGNORE
 
 
@@ -62,7 +61,7 @@ class MaskFiles:
     paths: tuple[Path, ...]
 
     def digest(self) -> str:
-        return hashlib.sha256("".join(compute_sha256(path) for path in self.paths).encode()).hexdigest()
+        return text_digest("".join(map(compute_sha256, self.paths)), 64)
 
     @property
     def num_outlined(self) -> int:
@@ -108,7 +107,7 @@ class CocoRegions:
         return sum(region.label != IGNORE for region in self.regions)
 
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps([self.size_px, [(r.segmentation, r.label) for r in self.regions]]).encode()).hexdigest()
+        return facts_digest([self.size_px, [(r.segmentation, r.label) for r in self.regions]], 64)
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         height, width = self.size_px

@@ -8,7 +8,6 @@ Letters: N images, U units that stay together.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from cellbench.data.progress import map_files
 from cellbench.data.splits import unit_of
 from cellbench.errors import CellbenchError
 from cellbench.file_cache import FileFactCache
+from cellbench.files import text_digest
 
 NUM_GROUPS = 5
 """Without folds; with them, each fold tests one group."""
@@ -71,7 +71,6 @@ def measure_appearance(image: np.ndarray) -> Appearance:
 
 def measure_all(paths: Sequence[Path], reading: IntensityScaling) -> list[Appearance | None]:
     """The appearance of each file, about 0.1 s of a core for two megapixels, cached until it changes; None for an unreadable one."""
-    facts = json.dumps(reading.to_dict())
 
     def learn(path: Path) -> list[float] | None:
         try:
@@ -79,7 +78,7 @@ def measure_all(paths: Sequence[Path], reading: IntensityScaling) -> list[Appear
         except (CellbenchError, OSError):
             return None  # opening the dataset raises the error
 
-    with FileFactCache(f"appearance-{hashlib.sha256(facts.encode()).hexdigest()[:8]}", learn) as known:
+    with FileFactCache(f"appearance-{text_digest(json.dumps(reading.to_dict()), 8)}", learn) as known:
         map_files(known.__getitem__, [path for path in paths if path.is_file() and not known.knows(path)], "measuring appearance once")
         found = [known[path] if path.is_file() else None for path in paths]
     return [

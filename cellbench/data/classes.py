@@ -8,8 +8,6 @@ Letters: K classes.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -19,6 +17,7 @@ from cellbench.config.cards import DatasetCard
 from cellbench.data.class_content import ClassContent
 from cellbench.data.dataset import SPLITS, Dataset, Sample
 from cellbench.errors import CellbenchError
+from cellbench.files import facts_digest
 from cellbench.metrics.instances import has_parts
 
 PART_SHARE = 0.75
@@ -89,8 +88,7 @@ def with_owners(dataset: Dataset, owners: Sequence[int]) -> Dataset:
     """The dataset with these owners; its digest differs from one where every class is an object."""
     if not has_parts(owners):
         return dataset
-    facts = json.dumps([dataset.digest, "parts", list(owners)])
-    digest = hashlib.sha256(facts.encode()).hexdigest()[:16] if dataset.digest else ""
+    digest = facts_digest([dataset.digest, "parts", list(owners)]) if dataset.digest else ""
     return replace(dataset, owners=tuple(owners), digest=digest)
 
 

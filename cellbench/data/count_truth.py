@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,7 +23,7 @@ from cellbench.data.region_files import match_regions
 from cellbench.data.regions import REGIONS, regions_of
 from cellbench.data.scan import files_below
 from cellbench.errors import CellbenchError, quote_name, quoted
-from cellbench.files import compute_sha256, read_text, to_nfc
+from cellbench.files import compute_sha256, facts_digest, read_text, to_nfc
 from cellbench.metrics.counting import CountRow, PlacedCells, count_rows
 from cellbench.metrics.instances import Instances
 
@@ -63,7 +61,7 @@ class CountTruth:
             )
             for one in self.samples
         ]
-        return hashlib.sha256(json.dumps(each).encode()).hexdigest()[:16]
+        return facts_digest(each)
 
     @property
     def placed(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from cellbench.data.progress import map_files
 from cellbench.data.regions import within_regions
 from cellbench.errors import CellbenchError, one_line
 from cellbench.file_cache import FileFactCache
-from cellbench.files import compute_sha256
+from cellbench.files import compute_sha256, facts_digest, text_digest
 from cellbench.metrics.instances import MIN_AREA_PX, connected_instances, merge_parts_into_objects
 from cellbench.metrics.pixel import IGNORE
 
@@ -200,7 +199,7 @@ def read_mask_facts(dataset: Dataset, samples: Sequence[Sample], broken: list[Sa
     each time, because they may be many files or part of one.
     """
     key = [dataset.values, dataset.thresholds, dataset.colors, dataset.ignore, dataset.tolerance, len(dataset.classes)]
-    name = f"mask-facts-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]}"
+    name = f"mask-facts-{facts_digest(key, 8)}"
     out: dict[Sample, MaskFacts] = {}
     with FileFactCache(name, lambda path: _inspect_mask(path, dataset)) as known:
 
@@ -324,7 +323,7 @@ def validated(dataset: Dataset) -> tuple[Dataset, dict[Sample, ClassContent]]:
     everything = [s for split in SPLITS for s in dataset.samples(split)]
     scaling = dataset.reading.to_dict()
     default = dataset.reading == IntensityScaling()
-    name = "images" if default else f"images-{hashlib.sha256(json.dumps(scaling).encode()).hexdigest()[:8]}"
+    name = "images" if default else f"images-{text_digest(json.dumps(scaling), 8)}"
     with FileFactCache(name, lambda path: _inspect_image(path, dataset.reading)) as image_facts:
         new = [s.image for s in everything if not image_facts.knows(s.image)]
         map_files(image_facts.__getitem__, new, f"reading {dataset.name} once")
@@ -358,4 +357,4 @@ def validated(dataset: Dataset) -> tuple[Dataset, dict[Sample, ClassContent]]:
         *([{"cut_px": dataset.cut_px}] if dataset.cut_px else []),
     ]
     key = json.dumps([*meaning, dataset.masks, dataset.ignore, dataset.min_cell_px, sorted(lines)])
-    return replace(dataset.with_samples(parts), digest=hashlib.sha256(key.encode()).hexdigest()[:16]), contents
+    return replace(dataset.with_samples(parts), digest=text_digest(key)), contents

@@ -6,7 +6,6 @@ files; masks of other images are counted in a note.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from cellbench.data.masks import MaskFacts, decide_meaning, mask_facts, off_valu
 from cellbench.data.outline_files import SUFFIXES, ToolMask, describe_left_out, read_tool_mask
 from cellbench.data.scan import LINKS_ADVICE, files_below, is_inside, pattern_root
 from cellbench.errors import CellbenchError, quoted
-from cellbench.files import compute_sha256, to_nfc
+from cellbench.files import compute_sha256, text_digest, to_nfc
 from cellbench.metrics.pixel import IGNORE
 
 T = TypeVar("T")
@@ -52,7 +51,7 @@ class ExternalMasks:
         """Of all masks and what their values mean."""
         known = {path: compute_sha256(path) for path in set(self.files.values())}
         lines = [f"{name} {known[path]}" for name, path in sorted(self.files.items())]
-        return hashlib.sha256("\n".join([self.kind, str(self.values), *lines]).encode()).hexdigest()
+        return text_digest("\n".join([self.kind, str(self.values), *lines]), 64)
 
     def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray | None]:
         """Classes (H, W) uint8, and cell numbers (H, W) int32; None where cells are connected regions. Raises CellbenchError."""

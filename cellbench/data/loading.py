@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +27,7 @@ from cellbench.data.scan import Listing, find_unused
 from cellbench.data.splits import Grouping, Splits, choose_folds, given_splits, split_of
 from cellbench.data.uniformity import common_pixel_size, decide_scaling, find_inconsistencies, read_all_image_facts
 from cellbench.errors import CellbenchError
-from cellbench.files import cache_dir, parse_toml, read_text
+from cellbench.files import cache_dir, facts_digest, parse_toml, read_text
 from cellbench.metrics.pixel import IGNORE
 
 
@@ -248,7 +246,7 @@ def split_dataset(card: DatasetCard, listing: Listing, spec: DataSpec, grouped: 
 def _drawn(card: DatasetCard, spec: DataSpec) -> Path:
     """The folder of drawn images; draws them the first time."""
     settings = with_defaults(card.draw, spec.draw, "data.draw")
-    key = hashlib.sha256(json.dumps([card.builder, settings], sort_keys=True).encode()).hexdigest()[:12]
+    key = facts_digest([card.builder, settings], 12)
     folder = cache_dir() / "drawn" / f"{card.id}-{key}"
     if not folder.is_dir():
         with progress_bar(desc=f"drawing {card.id}", unit="image") as bar:
@@ -260,4 +258,4 @@ def pool_folds(datasets: Sequence[Dataset]) -> str:
     """A digest of all folds together: files, classes and splits. For a single dataset, its own digest."""
     if len(datasets) == 1:
         return datasets[0].digest
-    return hashlib.sha256(json.dumps([dataset.digest for dataset in datasets]).encode()).hexdigest()[:16]
+    return facts_digest([dataset.digest for dataset in datasets])

@@ -5,7 +5,6 @@ Splits as published, by groups, by strata, or into k folds.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from cellbench.data.dataset import Sample
 from cellbench.data.io import images
 from cellbench.data.stratify import allocate
 from cellbench.errors import CellbenchError
-from cellbench.files import cache_dir, is_writable, read_text, to_nfc, write_atomic
+from cellbench.files import cache_dir, is_writable, read_text, text_digest, to_nfc, write_atomic
 
 Grouping = Callable[[tuple[Sample, ...]], tuple[Sample, ...]]
 """Assigns a common group to samples that show the same picture."""
@@ -218,14 +217,14 @@ def _name(spec: DataSpec, has_test: bool, grouped: bool) -> str:
     tail += f"-fold{spec.fold}of{spec.folds}" if spec.folds else ""
     tail += f"-by-{'column' if spec.group == 'auto' else spec.group}" if grouped else ""
     if spec.group == "prefix" and spec.group_pattern != DataSpec.model_fields["group_pattern"].default:
-        tail += hashlib.sha256(spec.group_pattern.encode()).hexdigest()[:6]
+        tail += text_digest(spec.group_pattern, 6)
     tail += f"-{spec.stratify}" if spec.stratify != "none" else ""
     return f"splits-seed{spec.split_seed}-val{spec.val_fraction:g}{tail}.json"
 
 
 def _elsewhere(root: Path, name: str) -> Path:
     path = root.absolute()
-    key = f"{path.name[:80]}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    key = f"{path.name[:80]}-{text_digest(str(path), 8)}"
     return cache_dir() / "splits" / key / name
 
 

@@ -6,7 +6,6 @@ and cell targets, so that they share no features: each segments the images with 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from cellbench.execution.runner import Runner
 from cellbench.execution.shift_tests import Answers, FinishedRunToTest, load_model, run_tests
 from cellbench.execution.wanted_tests import missing_tests, wanted_tests
 from cellbench.features.extractor import Features
+from cellbench.files import facts_digest
 from cellbench.hardware import is_out_of_memory, release_memory
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import Calibration, histogram
@@ -105,7 +105,7 @@ class _Ensemble:
     @property
     def fingerprint(self) -> str:
         digests = sorted(one.fingerprint for one, _ in self.members)
-        return hashlib.sha256(json.dumps([ENSEMBLE, NUMERICS_VERSION, digests]).encode()).hexdigest()[:16]
+        return facts_digest([ENSEMBLE, NUMERICS_VERSION, digests])
 
     def test(self) -> RunState:
         """The finished run; of an earlier call where the members are the same."""

@@ -5,8 +5,6 @@ The command ``grid`` and the Python function ``cellbench.grid`` both call this, 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -29,6 +27,7 @@ from cellbench.execution.grid import Executor, InProcessExecutor, execute, find_
 from cellbench.execution.planning import ResolvedRun, resolve_runs
 from cellbench.execution.resources import Resources, check_options, prepare_cache
 from cellbench.execution.wanted_tests import describe_tests
+from cellbench.files import facts_digest
 from cellbench.hardware import Hardware
 from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request, write_report
@@ -122,8 +121,7 @@ def _parent_run(plan: ExperimentPlan, tracker: Tracker) -> Iterator[Run]:
     for name in ("tests", "perturb"):  # a grid of an older version, or with more tests than before, keeps its parent run
         del tree["data"][name]
     del tree["ensemble_best"]
-    facts = json.dumps([tree, data, precision], sort_keys=True)
-    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    key = facts_digest([tree, data, precision])
     params = {f"grid.{name}": ", ".join(map(str, values)) for name, values in plan.experiment.grid.items()}
     params |= {"baselines": ", ".join(plan.experiment.baselines) or "none", "dataset": plan.datasets[0].name, "precision": precision}
     with tracker.parent_run(f"grid: {Path(plan.options.file).stem}", key, params, data) as parent:

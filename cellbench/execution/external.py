@@ -6,7 +6,6 @@ and it has no model, so ``best``, ``predict`` and ``export`` leave it out. With 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from cellbench.data.loading import open_folds, pool_folds
 from cellbench.errors import CellbenchError, quote_name
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
+from cellbench.files import facts_digest
 from cellbench.metrics import catalog
 from cellbench.metrics.counting import CountRow
 from cellbench.metrics.instances import MIN_AREA_PX, connected_instances, numbered_instances
@@ -137,8 +137,7 @@ def _scored(dataset: Dataset, masks: ExternalMasks, registry: Registry) -> Evalu
 
 def _log(name: str, where: Path, tested: TestImages, fold: int, result: EvaluationResult, tracker: Tracker, digest: str) -> str:
     dataset = tested.datasets[fold]
-    facts = json.dumps([EXTERNAL, name, dataset.digest, tested.num_folds, digest, NUMERICS_VERSION])
-    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    key = facts_digest([EXTERNAL, name, dataset.digest, tested.num_folds, digest, NUMERICS_VERSION])
     title = f"{name} · fold {fold}" if tested.num_folds else name
     params: dict[str, object] = {EXTERNAL: name, "backbone": "none", "head": "none", "baseline": "none", "seed": 0, "fold": fold}
     tags = {"cellbench.kind": EXTERNAL, "model": name, "dataset": dataset.name} | ({LIMIT: tested.limit} if tested.limit else {})

@@ -9,7 +9,6 @@ Letters: B tiles, D features, h x w places of a map, T x T a tile (which need no
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 import random
@@ -39,6 +38,7 @@ from cellbench.features.memory_cache import FeatureCache, MemoryCache
 from cellbench.features.remote_cache import RemoteCache
 from cellbench.features.sharded_cache import ShardedCache, num_shards
 from cellbench.features.tile_cutting import DeviceCutter, HostCutter, TileCutter, Tiles
+from cellbench.files import text_digest
 from cellbench.parallel import WorkerPool
 
 
@@ -329,7 +329,7 @@ class Features:
             *self.plan.own_code,
         ]
         named = [tile if self.plan.run.zoom else tile[:5] for tile in tiles]  # without zoom, as before there was any
-        return features_dir() / policy.backbone / hashlib.sha256(json.dumps([*made, images, named]).encode()).hexdigest()[:24]
+        return features_dir() / policy.backbone / text_digest(json.dumps([*made, images, named]), 24)
 
     def _facts(self, split: str, num: int) -> dict[str, Any]:
         policy = self._policy

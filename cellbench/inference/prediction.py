@@ -5,7 +5,6 @@ An output folder holds the masks of one run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -24,7 +23,7 @@ from cellbench.data.io.intensity import IntensityScaling, Note
 from cellbench.data.io.metadata import PixelSize
 from cellbench.data.scan import IgnoredFile, count_reasons, files_below, pattern_root
 from cellbench.errors import CellbenchError, first_names
-from cellbench.files import case_folded, file_name
+from cellbench.files import case_folded, file_name, text_digest
 from cellbench.inference.pipeline import FailedImage
 from cellbench.inference.segmenter import Segmenter
 from cellbench.inference.writers import ENDINGS, OutputFormats, OutputPaths, PredictionWriter, TooManyCellsError, find_masks, output_path
@@ -87,7 +86,7 @@ def mask_stems(names: Mapping[Path, Path]) -> dict[Path, Path]:
     out: dict[Path, Path] = {}
     for path, name in chosen.items():
         if alike[case_folded(name.as_posix())] > 1:
-            mark = hashlib.sha256(os.fsencode(names[path])).hexdigest()[:8]
+            mark = text_digest(str(names[path]), 8)
             name = name.with_name(f"{name.name}~{mark}")
         if len(os.fsencode(name.name)) > MOST_BYTES:
             name = name.with_name(file_name(name.name))

@@ -6,7 +6,6 @@ All input is read from MLflow, so a report can be created again at any time, by 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cellbench.background import BackgroundCalls
 from cellbench.config.loading import CHANGED
 from cellbench.errors import CellbenchError, one_line
-from cellbench.files import file_name
+from cellbench.files import facts_digest, file_name
 from cellbench.metrics import catalog
 from cellbench.metrics.catalog import Metric
 from cellbench.reporting.collect import REQUEST_FILE, RunRequest, collect_report, collect_runs
@@ -200,7 +199,7 @@ def _key(only: Collection[str], request: RunRequest, skipped: Mapping[str, str],
     asked = replace(request, command="", dataset={**request.dataset, "notes": []})
     layout = [field.name for field in fields(LeaderboardRow)]  # a summary of an older version cannot be read
     facts = [sorted(only), asdict(asked), skipped, failed, layout]
-    return f"{len(only)}-{hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]}"
+    return f"{len(only)}-{facts_digest(facts)}"
 
 
 def _stored_summary(tracker: Tracker, top: Run, key: str) -> Summary | None:

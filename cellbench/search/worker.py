@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +12,7 @@ from cellbench.execution.grid import group_cohorts
 from cellbench.execution.planning import ResolvedRun, resolve_tree
 from cellbench.execution.progress import Progress, Report, no_report
 from cellbench.execution.runner import Runner
+from cellbench.files import text_digest
 from cellbench.search.study import RUN_ID, SAME, CompletedTrial, ProposedTrial, Study
 from cellbench.tracking.open_run import Run
 from cellbench.tracking.schema import STUDY, TRIAL, run_params
@@ -112,7 +112,7 @@ class SearchWorker:
             self.study.tell_failed(trial, str(error))
             return False
         # Specific to this trial and study: a grid's run with the same settings is tested, and a trial must not be.
-        own = hashlib.sha256(f"{run.fingerprint}:{self.study.name}:{trial.number}".encode()).hexdigest()[:16]
+        own = text_digest(f"{run.fingerprint}:{self.study.name}:{trial.number}")
         self._same[trial.number] = run.fingerprint
         self._runs[trial.number] = replace(run, name=f"trial {trial.number} · {run.run.model}", fingerprint=own)
         self._trials[own] = trial

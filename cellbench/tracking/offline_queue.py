@@ -7,7 +7,6 @@ A process that exits with unsent calls leaves them in the cache folder, and the 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import threading
@@ -20,7 +19,7 @@ from typing import Any
 
 from cellbench.console import warn
 from cellbench.errors import CellbenchError, one_line
-from cellbench.files import cache_dir, os_errors_as
+from cellbench.files import cache_dir, os_errors_as, text_digest
 from cellbench.liveness import is_alive, owner_as_file_name, owner_of_file_name, this_owner
 
 RETRY_S = 5.0
@@ -131,4 +130,4 @@ def abandoned_queues(uri: str) -> Iterator[tuple[Path, list[QueuedCall]]]:
 
 def _server_folder(uri: str) -> Path:
     # A hash, because folder names are public and a URL may contain a password.
-    return cache_dir() / "offline_queue" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    return cache_dir() / "offline_queue" / text_digest(uri)

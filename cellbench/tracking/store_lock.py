@@ -8,7 +8,6 @@ is not renewed for ``LEASE_S`` is removed by the next one who waits.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import random
 import tempfile
@@ -24,6 +23,7 @@ from filelock import FileLock
 
 from cellbench.console import warn
 from cellbench.errors import CellbenchError, one_line
+from cellbench.files import text_digest
 from cellbench.liveness import is_alive, this_owner
 from cellbench.tracking.availability import PATIENCE_S, open_connection
 from cellbench.tracking.offline_queue import AlreadyExistsError, CallRejectedError, NotFoundError
@@ -39,7 +39,7 @@ def file_lock(uri: str) -> FileLock:
     if file is not None and os.access(file.parent, os.W_OK):
         return FileLock(file.with_name(f".{file.name}.lock"), mode=0o666)
     # A hash, because file names are public and a URL may contain a password.
-    key = hashlib.sha256((str(file) if file else uri).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    key = text_digest(str(file) if file else uri)
     return FileLock(Path(tempfile.gettempdir()) / f"cellbench-{os.getuid() if hasattr(os, 'getuid') else 0}-{key}.lock")
 
 
@@ -61,7 +61,7 @@ def _database_lock(uri: str, scope: str) -> AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _postgresql_lock(uri: str, scope: str) -> Iterator[None]:
-    number = int.from_bytes(hashlib.sha256(f"cellbench {scope}".encode()).digest()[:8], "big", signed=True)
+    number = int.from_bytes(bytes.fromhex(text_digest(f"cellbench {scope}")), "big", signed=True)
     with _connection(uri) as connection:
         connection.exec_driver_sql(f"SELECT pg_advisory_lock({number})")
         yield
@@ -72,7 +72,7 @@ def _mysql_lock(uri: str, scope: str) -> Iterator[None]:
     if not uri.startswith(("mysql", "mariadb")):
         yield  # of other databases only those of one machine are kept apart
         return
-    name = hashlib.sha256(f"cellbench {scope}".encode()).hexdigest()[:32]
+    name = text_digest(f"cellbench {scope}", 32)
     with _connection(uri) as connection:
         connection.exec_driver_sql(f"SELECT GET_LOCK('{name}', 600)")
         yield
@@ -93,7 +93,7 @@ def _connection(uri: str) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _server_lock(client: Any, scope: str) -> Iterator[None]:
-    name = f"cellbench-lock-{hashlib.sha256(scope.encode()).hexdigest()[:16]}"
+    name = f"cellbench-lock-{text_digest(scope)}"
     token = uuid.uuid4().hex
     if not _acquire(client, name, token, scope):
         yield

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import time
 from pathlib import Path
 from typing import Any
 
-from cellbench.files import cache_dir, remove_half_written, write_atomic
+from cellbench.files import cache_dir, remove_half_written, text_digest, write_atomic
 
 EVERY_S = 30.0
 """Work that is lost at most when a process is killed."""
@@ -39,7 +38,7 @@ def remove_old() -> int:
 
 def checkpoint_path(fingerprint: str, run: str) -> Path:
     """The file of a run, named by a hash of ``run``, which identifies run and store and may contain a password."""
-    return cache_dir() / "checkpoints" / f"{fingerprint}-{hashlib.sha256(run.encode()).hexdigest()[:16]}.pt"
+    return cache_dir() / "checkpoints" / f"{fingerprint}-{text_digest(run)}.pt"
 
 
 def write_checkpoint(place: Path, state: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from cellbench.data.io import images
 from cellbench.data.io.intensity import IntensityScaling
 from cellbench.data.progress import map_files
 from cellbench.errors import CellbenchError
-from cellbench.files import cache_dir, write_atomic
+from cellbench.files import cache_dir, text_digest, write_atomic
 
 _VERSION = 6
 """Increased when results change."""
@@ -49,7 +48,7 @@ def _cached(paths: Sequence[Path], reading: IntensityScaling) -> list[int]:
     except OSError:
         return _first_of_group(paths, reading)  # a missing file has no time stamp as a cache key
     key = [_VERSION, stamps, *([reading.to_dict()] if reading != IntensityScaling() else [])]
-    place = cache_dir() / "alike" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.json"
+    place = cache_dir() / "alike" / f"{text_digest(json.dumps(key), 24)}.json"
     with contextlib.suppress(OSError, ValueError):  # missing or damaged: compare again
         known = json.loads(place.read_text())
         if isinstance(known, list) and len(known) == len(paths) and all(isinstance(k, int) and 0 <= k < len(paths) for k in known):

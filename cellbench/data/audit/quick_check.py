@@ -8,7 +8,6 @@ cached by the digest of the data.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shlex
 from collections import defaultdict
@@ -21,7 +20,7 @@ from cellbench.data.audit.image_statistics import measure_sample
 from cellbench.data.dataset import SPLITS, Dataset, Sample
 from cellbench.data.progress import map_files
 from cellbench.errors import CellbenchError, quote_name
-from cellbench.files import cache_dir, write_atomic
+from cellbench.files import cache_dir, text_digest, write_atomic
 
 MOST_PX = 40_000_000
 _VERSION = 4
@@ -51,7 +50,7 @@ def require_fit(dataset: Dataset, unfit: bool, say: Callable[[str], None], *, co
 
 
 def _faults(dataset: Dataset) -> list[str]:
-    place = cache_dir() / "checked" / f"{hashlib.sha256(f'{_VERSION} {dataset.digest}'.encode()).hexdigest()[:24]}.json"
+    place = cache_dir() / "checked" / f"{text_digest(f'{_VERSION} {dataset.digest}', 24)}.json"
     with contextlib.suppress(OSError, ValueError):  # missing or damaged: check again
         known = json.loads(place.read_text(encoding="utf-8"))
         if isinstance(known, list) and all(isinstance(line, str) for line in known):

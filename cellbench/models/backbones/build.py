@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +9,7 @@ from cellbench.config.cards import BackboneCard
 from cellbench.config.registry import builder_path, load
 from cellbench.errors import CellbenchError
 from cellbench.file_cache import sha256
+from cellbench.files import facts_digest
 from cellbench.models.backbones.weight_files import check_types, check_values, read_state
 from cellbench.models.backbones.weights import locate
 from cellbench.startup import without_compiler
@@ -52,5 +51,5 @@ def weights_digest(card: BackboneCard, folder: Path | None = None, download: boo
     """Identifies a backbone's weights: the file's sha256, or, without a file, a hash of what the card builds them from."""
     if card.weights == "none":
         facts = {"builder": card.builder, "arch": card.arch, "mean": card.mean, "std": card.std}
-        return "none:" + hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return "none:" + facts_digest(facts, 64)
     return "sha256:" + sha256(locate(card, folder, download))

@@ -7,7 +7,6 @@ refused later. Unavailable weights raise WeightsUnavailable with the remedy; ran
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -20,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from cellbench.config.cards import BackboneCard
 from cellbench.errors import CellbenchError, WeightsUnavailable
 from cellbench.file_cache import sha256
-from cellbench.files import cache_dir, make_folder, os_errors_as, write_atomic
+from cellbench.files import cache_dir, make_folder, os_errors_as, text_digest, write_atomic
 from cellbench.models.backbones.download import download_from_hub, download_https, find_cached, hold_lock
 from cellbench.models.backbones.weight_files import SUFFIXES, check_whole
 
@@ -132,7 +131,7 @@ def _extra_names(card: BackboneCard) -> list[str]:
 
 def download_path(card: BackboneCard) -> Path:
     """Where a file published over https is stored. The name contains a hash of its address, so that a new address gets a new file."""
-    address = hashlib.sha256(card.weights.encode()).hexdigest()[:8]
+    address = text_digest(card.weights, 8)
     return cache_dir() / "weights" / f"{card.id}-{address}{_suffix(card)}"
 
 

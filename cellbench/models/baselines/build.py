@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 from cellbench.config.cards import BaselineCard
 from cellbench.config.registry import Registry, load
 from cellbench.errors import CellbenchError, WeightsUnavailable
-from cellbench.files import compute_sha256
+from cellbench.files import compute_sha256, text_digest
 from cellbench.models.backbones.build import weights_digest
 from cellbench.models.backbones.weight_files import read_state
 from cellbench.models.backbones.weights import locate
@@ -72,7 +71,7 @@ def model_digest(options: Mapping[str, object]) -> str:
     if not options.get("model") or not place.exists():
         return ""
     files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
-    return hashlib.sha256(" ".join(map(compute_sha256, files)).encode()).hexdigest()[:16]
+    return text_digest(" ".join(map(compute_sha256, files)))
 
 
 def baseline_weights_digest(card: BaselineCard, registry: Registry, weights: Path | None, download: bool = True) -> str:
