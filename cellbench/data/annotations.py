@@ -111,17 +111,17 @@ class CocoRegions:
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         height, width = self.size_px
-        classes, ids = np.zeros((height, width), np.uint8), np.zeros((height, width), np.int32)
+        classes, ids = np.zeros(width * height, np.uint8), np.zeros(width * height, np.int32)  # down columns
         # Ignored regions first, so that a cell within a crowd counts.
         for number, region in sorted(enumerate(self.regions, 1), key=lambda pair: pair[1].label != IGNORE):
             try:
-                inside = rasterize(json.loads(region.segmentation), height, width)
+                inside = _pixels(json.loads(region.segmentation), height, width)
             except ValueError as error:
                 raise CellbenchError(
                     f"{self.file}: annotation {region.id} of {quote_name(self.name)} {error}. Correct it, or take it out."
                 ) from None
             ids[inside], classes[inside] = number if region.label != IGNORE else 0, region.label
-        return classes, ids
+        return np.ascontiguousarray(classes.reshape(width, height).T), np.ascontiguousarray(ids.reshape(width, height).T)
 
 
 def rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
@@ -129,6 +129,13 @@ def rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
 
     Raises ValueError for invalid input and for regions that do not fit the image. Its message is a clause that follows the annotation's name.
     """
+    out = np.zeros(width * height, bool)
+    out[_pixels(segmentation, height, width)] = True
+    return out.reshape(width, height).T
+
+
+def _pixels(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """The same as the positions of the pixels, counted down columns: a file may hold a hundred thousand small cells."""
     if isinstance(segmentation, dict):
         counts = segmentation.get("counts")
         if segmentation.get("size") != [height, width]:
@@ -137,8 +144,7 @@ def rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
         whole = isinstance(runs, list) and all(type(n) is int and 0 <= n <= height * width for n in runs)
         if not whole or sum(runs) != height * width:
             raise ValueError("has run lengths that do not add up to its image")
-        flat = np.repeat(np.arange(len(runs)) % 2 == 1, np.array(runs))
-        return flat.reshape(width, height).T
+        return _positions(runs)
     if not (isinstance(segmentation, list) and segmentation and all(isinstance(polygon, list) for polygon in segmentation)):
         raise ValueError("has neither polygons nor run lengths")
     for polygon in segmentation:
@@ -156,11 +162,18 @@ def rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
     reach = math.ceil(max(height, width, *(n for polygon in segmentation for n in polygon))) + 1
     inside = min(outer) == 0 and reach <= max(height, width) + 1
     if inside:
-        return coco.decode(coco.merge(coco.frPyObjects(segmentation, height, width))).astype(bool)
+        return _positions(_uncompressed(coco.merge(coco.frPyObjects(segmentation, height, width))["counts"].decode()))
     dx = -outer[0]
     moved = [[n + dx for n in polygon] for polygon in segmentation]
     whole = coco.decode(coco.merge(coco.frPyObjects(moved, reach + dx, reach + dx))).astype(bool)
-    return whole[dx : dx + height, dx : dx + width]
+    return np.flatnonzero(whole[dx : dx + height, dx : dx + width].T)
+
+
+def _positions(runs: list[int]) -> np.ndarray:
+    """What lies in every second run, the first being outside."""
+    ends = np.cumsum(runs)
+    lengths = np.array(runs)[1::2]
+    return np.repeat(ends[1::2] - np.cumsum(lengths), lengths) + np.arange(lengths.sum())
 
 
 def _uncompressed(text: str) -> list[int]:

@@ -26,7 +26,7 @@ from cellbench.errors import CellbenchError, first_names
 from cellbench.files import case_folded, file_name, text_digest
 from cellbench.inference.pipeline import FailedImage
 from cellbench.inference.segmenter import Segmenter
-from cellbench.inference.writers import ENDINGS, OutputFormats, OutputPaths, PredictionWriter, TooManyCellsError, find_masks, output_path
+from cellbench.inference.writers import ENDINGS, OutputFormats, OutputPaths, PredictionWriter, find_masks, output_path
 from cellbench.metrics.training_features import FAR, Trust
 
 MOST_PX = 100_000_000
@@ -190,18 +190,15 @@ def write_masks(
     known: dict[str, Trust] = {}
     files: PredictionWriter | None = None
 
-    def skip(target: OutputPaths, error: CellbenchError) -> None:
-        skipped[target] = error
-        warn(f"skipped: {error}")
-        if files is not None:
-            files.__exit__()
-
     with progress_bar(total=len(targets), unit="image", desc="segmenting") as bar:
         try:
             for event in segmenter.stream(target.image for target in targets):
                 target = targets[event.number]
                 if isinstance(event, FailedImage):
-                    skip(target, event.error)
+                    skipped[target] = event.error
+                    warn(f"skipped: {event.error}")
+                    if files is not None:
+                        files.__exit__()
                     files = None
                     bar.update()
                     continue
@@ -213,10 +210,7 @@ def write_masks(
                 if event.last:
                     notes += [(printable_path(target.image), note) for note in event.source.notes]
                     known[printable_path(target.image)] = event.trust
-                    try:
-                        files.keep()
-                    except TooManyCellsError as error:
-                        skip(target, error)
+                    files.keep()
                     files = None
         finally:
             if files is not None:

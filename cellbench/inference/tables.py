@@ -16,7 +16,7 @@ from cellbench.data.io.png_stream import read_png_text
 from cellbench.data.regions import region_masks
 from cellbench.escaping import to_csv
 from cellbench.files import write_atomic
-from cellbench.inference.writers import CELLS, GEOJSON, INSTANCES, LEFT_OUT, TRUST, OutputFormats, find_masks, output_path, region_file
+from cellbench.inference.writers import CELLS, GEOJSON, LEFT_OUT, TRUST, OutputFormats, find_masks, instances_file, output_path, region_file
 from cellbench.metrics.measurements import count_by_class, density
 
 COCO, COUNTS = "coco.json", "counts.csv"
@@ -37,7 +37,7 @@ class ExistingMask:
 
     @property
     def counted(self) -> bool:
-        return "cells" in self.facts and all(output_path(self.stem, ending).exists() for ending in (INSTANCES, CELLS))
+        return "cells" in self.facts and instances_file(self.stem).exists() and output_path(self.stem, CELLS).exists()
 
 
 def existing_masks(out: Path, without: Collection[Path] = ()) -> list[ExistingMask]:
@@ -102,7 +102,7 @@ def count_rows(mask: ExistingMask, names: Sequence[str] = (), owners: Sequence[i
     """
     with output_path(mask.stem, CELLS).open(encoding="utf-8", newline="") as file:
         cells = list(csv.DictReader(file))
-    height, width = images.image_size(output_path(mask.stem, INSTANCES))
+    height, width = images.image_size(instances_file(mask.stem))
     side = mask.facts["cells"]["um_per_px"]
 
     def row(cells: Sequence[Mapping[str, str]], area_px: int, about: dict[str, object]) -> dict[str, object]:
@@ -140,5 +140,6 @@ def num_below_min_area(mask: ExistingMask) -> int:
 
 
 def _instance_facts(mask: ExistingMask) -> dict[str, Any]:
-    text = read_png_text(output_path(mask.stem, INSTANCES))
+    file = instances_file(mask.stem)
+    text = read_png_text(file) if file.suffix == ".png" else images.read_tiff_text(file)
     return json.loads(text) if text else {}

@@ -6,7 +6,8 @@
   with its number; a small image is drawn larger, so that the numbers can be read.
 - ``NAME.geojson``: outlines of single cells, for QuPath.
 - ``NAME.regions.geojson``: the regions of interest in which cells are counted, as they were given.
-- ``NAME.instances.png``: 16 bit, the number of each pixel's cell, touching cells separated. ``NAME.cells.csv``: one line a cell.
+- ``NAME.instances.png``: 16 bit, the number of each pixel's cell, touching cells separated; ``NAME.instances.tif``, 32 bit, where more than 65,535
+  cells are found. ``NAME.cells.csv``: one line a cell.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from cellbench.data.io import overlay
-from cellbench.data.io.images import png_bytes
+from cellbench.data.io.images import png_bytes, tiff_bytes
 from cellbench.data.io.png_stream import PngWriter, read_png_text
 from cellbench.data.regions import REGION_SUFFIXES
 from cellbench.errors import CellbenchError
@@ -36,6 +37,8 @@ from cellbench.metrics.separation import CONNECTED, SeparationParams
 PART = ".cellbench-part"
 MASK = ".png"
 PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS = ".probability.png", ".overlay.png", ".geojson", ".instances.png", ".cells.csv"
+WIDE_INSTANCES = ".instances.tif"
+"""In place of ``INSTANCES`` for more cells than 16 bits can number."""
 LARGE_PX = 800
 """Longer side of an image from which outlines are two pixels wide, since it is seen smaller."""
 LEFT_OUT = "left_out"
@@ -44,7 +47,7 @@ TRUST = "trust"
 """Likewise: what is known of the prediction, :class:`~cellbench.metrics.training_features.Trust`."""
 REGIONS = ".regions"
 """Of the file with the regions in which cells are counted, before the ending of its format."""
-ENDINGS = (PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS)
+ENDINGS = (PROBABILITY, OVERLAY, GEOJSON, INSTANCES, CELLS, WIDE_INSTANCES)
 """Of the files that may accompany a mask."""
 
 
@@ -89,8 +92,8 @@ class OutputPaths:
 
     def files(self, wanted: OutputFormats) -> list[Path]:
         """The files to write, the mask last."""
-        chosen = (wanted.probability, wanted.overlay, wanted.geojson, wanted.instances, wanted.instances)
-        endings = [ending for ending, is_chosen in zip(ENDINGS, chosen, strict=True) if is_chosen]
+        chosen = {PROBABILITY: wanted.probability, OVERLAY: wanted.overlay, GEOJSON: wanted.geojson, INSTANCES: wanted.instances}
+        endings = [ending for ending, is_chosen in (chosen | {CELLS: wanted.instances}).items() if is_chosen]
         return [output_path(self.stem, ending) for ending in (*endings, MASK)]
 
     @property
@@ -112,7 +115,7 @@ class OutputPaths:
         before = self.before
         if before is None or not self.is_of(before) or (wanted.cells and not wanted.agrees(before.get("cells"))):
             return False
-        return all(file.exists() for file in self.files(wanted))
+        return all(file.exists() or (file.name.endswith(INSTANCES) and instances_file(self.stem).exists()) for file in self.files(wanted))
 
     def renewed(self, wanted: OutputFormats) -> tuple[dict[str, object], list[Path]]:
         """The metadata of a new mask, and the files beside the old one that no longer belong to it."""
@@ -123,7 +126,7 @@ class OutputPaths:
         cells = old if not wanted.cells or (wanted.agrees(old) and not wanted.instances) else wanted.how
         stale: Sequence[str] = () if kept else ENDINGS
         if kept and wanted.cells and not wanted.agrees(old):
-            stale = (GEOJSON, INSTANCES, CELLS)
+            stale = (GEOJSON, INSTANCES, CELLS, WIDE_INSTANCES)
         files = self.files(wanted)
         facts = {**self.facts, **({"cells": cells} if cells else {})}
         return facts, [path for ending in stale if (path := output_path(self.stem, ending)) not in files]
@@ -132,6 +135,12 @@ class OutputPaths:
 def output_path(stem: Path, ending: str) -> Path:
     """``NAME`` with an ending; ``NAME`` may contain dots."""
     return stem.with_name(stem.name + ending)
+
+
+def instances_file(stem: Path) -> Path:
+    """The file with the numbers of an image's cells."""
+    wide = output_path(stem, WIDE_INSTANCES)
+    return wide if wide.exists() else output_path(stem, INSTANCES)
 
 
 def region_file(stem: Path) -> Path | None:
@@ -160,10 +169,6 @@ def find_masks(out: Path) -> dict[Path, dict[str, Any]]:
     """The metadata of the masks below a folder, by their paths without ``.png``, sorted."""
     shown = [path for path in sorted(out.rglob("*.png")) if not any(part.startswith(".") for part in path.relative_to(out).parts)]
     return {path.with_name(path.name.removesuffix(".png")): facts for path in shown if (facts := read_mask_metadata(path)) is not None}
-
-
-class TooManyCellsError(CellbenchError):
-    """An image with more cells than a 16-bit label image can number."""
 
 
 class PredictionWriter:
@@ -220,7 +225,7 @@ class PredictionWriter:
                 self._outlines.add(strip.source.rows(strip.top, strip.top + len(strip.classes)), strip.classes, last=strip.last)
 
     def keep(self) -> None:
-        """Completes the files, the mask last. Raises TooManyCellsError, and then leaves no file."""
+        """Completes the files, the mask last."""
         with os_errors_as(f"writing {self._all[-1]}"):
             if self._wanted.cells:
                 self._write_cells()
@@ -238,8 +243,6 @@ class PredictionWriter:
         separation = self._wanted.separation
         (classes, probability, fields), image = join_strips(self._strips), np.concatenate(self._images)
         cells = separation.instances(classes, fields, probability)
-        if self._wanted.instances and cells.num > 65535:
-            raise TooManyCellsError(f"{self._target.image}: {cells.num} cells, but 16 bits hold 65535 numbers. Cut the image into pieces.")
         if OVERLAY in self._files:
             picture = overlay.draw_instances(image, cells.ids, cells.num)
             self._files[OVERLAY].write(png_bytes(picture, text=json.dumps(self._overlay_facts, sort_keys=True)))
@@ -247,7 +250,14 @@ class PredictionWriter:
             self._files[GEOJSON].write(self._collection(cells))
         if self._wanted.instances:
             facts = {LEFT_OUT: cells.num_left_out, "min_cell_px": separation.min_area_px, TRUST: self._strips[-1].trust.facts}
-            self._files[INSTANCES].write(png_bytes(cells.ids.astype(np.uint16), text=json.dumps(facts)))
+            narrow, wide = (output_path(self._target.stem, ending) for ending in (INSTANCES, WIDE_INSTANCES))
+            if cells.num <= np.iinfo(np.uint16).max:
+                self._files[INSTANCES].write(png_bytes(cells.ids.astype(np.uint16), text=json.dumps(facts)))
+                self._stale.append(wide)
+            else:
+                self._files[INSTANCES].write(tiff_bytes(cells.ids.astype(np.uint32), text=json.dumps(facts)))
+                self._all[self._all.index(narrow)] = wide
+                self._stale.append(narrow)
             table = measure_cells(cells, image, self._names, self._wanted.um_per_px, classes, separation.owners)
             self._files[CELLS].write(table.text.encode("utf-8"))
 

@@ -294,6 +294,23 @@ def png_bytes(array: np.ndarray, *, text: str = "") -> bytes:
     return buffer.getvalue()
 
 
+def tiff_bytes(labels: np.ndarray, *, text: str = "") -> bytes:
+    """A compressed TIFF of (H, W) uint32, with an ASCII ``text`` that :func:`read_tiff_text` reads."""
+    import tifffile
+
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, labels, compression="zlib", description=text, metadata=None)
+    return buffer.getvalue()
+
+
+def read_tiff_text(path: str | os.PathLike[str]) -> str:
+    """The description in a TIFF of :func:`tiff_bytes`."""
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        return str(file.pages.first.description)
+
+
 def jpeg_bytes(image: np.ndarray) -> bytes:
     """A JPEG of (H, W, 3) uint8, for a look: a tenth of the size of a PNG."""
     buffer = io.BytesIO()
