@@ -13,11 +13,13 @@ from cellbench.reporting.leaderboard import format_number
 from cellbench.reporting.model_groups import ModelGroup, TestSet
 
 ERRORS = {"num_missed": "missed cells", "num_merged": "cells merged with another", "num_split": "cells split into several"}
+TEACH_FLOWS = ' With targets = "flows" a head also learns where each cell is, and merges fewer; it needs masks that number their cells.'
 CLASS_COUNTS = {"num_true": "cells", "num_predicted": "predicted", "num_found": "found"}
 
 
 def describe_errors(model: ModelGroup) -> list[str]:
-    """The most frequent error of a model over all its runs, in a sentence; none for runs of older versions and for images without cells."""
+    """The most frequent error of a model over all its runs, and what may help against merged cells; none for runs of older versions and for images
+    without cells."""
     if not model.has(*COUNTS):
         return []
     num = {name: sum(sum(run.per_image[name]) for run in model.runs) for name in COUNTS}
@@ -32,7 +34,12 @@ def describe_errors(model: ModelGroup) -> list[str]:
     return [
         f"{model.name} does not find {lost:,} of {num['num_true']:,} cells ({lost / num['num_true']:.1%}{runs}). "
         f"Its most frequent error: {first}{then}. {extra}."
+        + (TEACH_FLOWS if first.startswith(ERRORS["num_merged"]) and _learns_classes_alone(model) else "")
     ]
+
+
+def _learns_classes_alone(model: ModelGroup) -> bool:
+    return not model.kind and model.can_predict and model.runs[0].record.params.get("targets", "cell") == "cell"
 
 
 def class_rows(models: Sequence[ModelGroup]) -> list[dict[str, str]]:

@@ -13,10 +13,11 @@ from cellbench.reporting.model_groups import FinishedRun, ModelGroup
 from cellbench.reporting.plots.cells import plot_cell_confusion
 
 
-def model(*per_image: dict[str, Any]) -> ModelGroup:
+def model(*per_image: dict[str, Any], targets: str = "flows") -> ModelGroup:
     runs = tuple(
         FinishedRun(
-            record=SimpleNamespace(params={"seed": str(seed)}, metrics={}), per_image={"classes": ["background", "red", "white"], **one}
+            record=SimpleNamespace(params={"seed": str(seed), "targets": targets}, metrics={}, is_external=False, can_predict=True),
+            per_image={"classes": ["background", "red", "white"], **one},
         )
         for seed, one in enumerate(per_image)
     )
@@ -42,6 +43,12 @@ def test_the_most_frequent_error_is_named_first() -> None:
         "uni · fpn does not find 10 of 70 cells (14.3%). Its most frequent error: cells merged with another (8), then missed cells (2). "
         "4 of 64 predicted cells match no true cell."
     ]
+
+
+@pytest.mark.parametrize(("merged", "targets", "advised"), [(6, "cell", True), (6, "flows", False), (0, "cell", False)])
+def test_flows_are_advised_where_a_model_of_classes_alone_merges_cells_most(merged: int, targets: str, advised: bool) -> None:
+    (said,) = describe_errors(model(outcomes([40], [3], [0], [merged], [3]), targets=targets))
+    assert ('targets = "flows"' in said) == advised
 
 
 @pytest.mark.parametrize(
