@@ -15,6 +15,8 @@ Report = Callable[[float, str], object]
 """Takes the part of a cohort that is done, 0 to 1, and what it is doing."""
 EVERY_S = 60.0
 """Interval of the lines where there is no terminal."""
+LEAST_SHARE = 0.01
+"""Part of the whole from which on the lines give the time left: before, most of the time past is that of starting."""
 STEP_COSTS = {"training": 3.0, "validating": 1.0, "testing": 2.0}
 """Relative cost of a tile in each phase: a training step also goes backwards; a test blends tiles and scores cells."""
 
@@ -46,8 +48,9 @@ class Progress:
         share, past_s = self._now / self.total, time.monotonic() - self._start_s
         if not sys.stderr.isatty() and time.monotonic() - self._said_s > EVERY_S and self._first < self._now < self.total:
             self._said_s = time.monotonic()
-            left_min = past_s * (self.total - self._now) / (self._now - self._first) / 60
-            self._say(f"{share:.0%} done, about {left_min:.0f} min left{self._doing}")
+            here = self._now - self._first
+            left = f", about {past_s * (self.total - self._now) / here / 60:.0f} min left" if here >= LEAST_SHARE * self.total else ""
+            self._say(f"{share:.0%} done{left}{self._doing}")
 
 
 class GridProgress(Progress):

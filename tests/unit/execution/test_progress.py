@@ -43,6 +43,17 @@ def test_in_a_pipe_there_is_no_bar_but_a_line_now_and_then(monkeypatch: pytest.M
     assert lines == ["50% done, about 2 min left (training)"]
 
 
+def test_the_time_left_is_not_said_from_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of the time past is then that of starting, and the answer would be hours too long."""
+    monkeypatch.setattr(progress, "EVERY_S", -1.0)
+    lines: list[str] = []
+    with Progress(1000, lines.append) as bar:
+        bar.move(4, "training")
+        bar.move(20)
+    assert lines[0] == "0% done (training)"
+    assert "min left" in lines[1]
+
+
 def test_a_search_shows_the_trials_of_all_processes_and_the_part_that_this_one_has_done() -> None:
     with SearchProgress(8, 2, print) as bar:
         first, shown = bar.cohort(2), []
