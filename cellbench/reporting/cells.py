@@ -18,8 +18,7 @@ CLASS_COUNTS = {"num_true": "cells", "num_predicted": "predicted", "num_found": 
 
 
 def describe_errors(model: ModelGroup) -> list[str]:
-    """The most frequent error of a model over all its runs, and what may help against merged cells; none for runs of older versions and for images
-    without cells."""
+    """The most frequent error of a model over all its runs, and what may help against it; none for runs of older versions and images without cells."""
     if not model.has(*COUNTS):
         return []
     num = {name: sum(sum(run.per_image[name]) for run in model.runs) for name in COUNTS}
