@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from cellbench.errors import CellbenchError
-from cellbench.files import cache_dir, compute_sha256, is_writable, write_atomic
+from cellbench.files import cache_dir, compute_sha256, file_stamp, is_writable, write_atomic
 
 T = TypeVar("T")
 
@@ -45,12 +45,12 @@ class FileFactCache(Generic[T]):
 
     def knows(self, path: Path) -> bool:
         known = self._known.get(str(path.absolute()))
-        return isinstance(known, list) and known[:2] == _stamp(path)
+        return isinstance(known, list) and known[:2] == [*file_stamp(path)]
 
     def __getitem__(self, path: Path) -> T:
         name = str(path.absolute())
         if not self.knows(path):
-            stamp = _stamp(path)  # taken before reading: a file that changes meanwhile is read again next time
+            stamp = file_stamp(path)  # taken before reading: a file that changes meanwhile is read again next time
             self._known[name] = self._learned[name] = [*stamp, self._learn(path)]
         value: T = self._known[name][2]
         return value
@@ -61,8 +61,3 @@ class FileFactCache(Generic[T]):
             with contextlib.suppress(CellbenchError):  # only a cache: a full disk must not stop a run
                 write_atomic(self._path, json.dumps({**self._load(), **self._learned}))
             self._learned = {}
-
-
-def _stamp(path: Path) -> list[int]:
-    facts = path.stat()
-    return [facts.st_size, facts.st_mtime_ns]

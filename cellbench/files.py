@@ -93,6 +93,12 @@ def read_text(path: Path) -> str:
         return data.decode("cp1252")
 
 
+def file_stamp(path: Path) -> tuple[int, int]:
+    """The size of a file and the time of its last change, which tell whether it is still the file that was read. Raises OSError."""
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
+
+
 def parse_toml(text: str) -> dict[str, Any]:
     """The tables of a TOML text. Raises TOMLDecodeError, also for what is nested too deeply and for endless numbers."""
     try:

@@ -100,6 +100,8 @@ class Registry:
             raise CellbenchError(
                 f"--registry {extra}: has none of {', '.join(k + '/' for k in KINDS)}. Put cards into folders of these names."
             )
+        self.extra = extra
+        """The user's folder."""
         self._folders = [folder for folder in (extra, shipped("registry")) if folder is not None]
         self._cards: dict[tuple[str, str], Card] = {}
         self._digests: dict[str, str] = {}

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from cellbench.data.io import images
+from cellbench.data.io.decode import printable_path
 from cellbench.errors import CellbenchError, one_line, quote_name
-from cellbench.files import compute_sha256, facts_digest, text_digest
+from cellbench.files import compute_sha256, facts_digest, file_stamp, text_digest
 from cellbench.metrics.pixel import IGNORE
 
 
@@ -196,13 +197,22 @@ def _uncompressed(text: str) -> list[int]:
     return runs
 
 
-@functools.lru_cache(maxsize=4)
-def load_coco_json(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
-    """The tree of a COCO file with checked structure; ``stamp`` (size, time) invalidates the cache of a changed file."""
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that another tool wrote. Raises CellbenchError."""
     try:
-        tree = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CellbenchError(f"{path}: cannot be read as JSON ({one_line(error)[:200]}). Export it again.") from None
+        raise CellbenchError(f"{printable_path(path)}: cannot be read as JSON ({one_line(error)[:160]}). Export it again.") from None
+
+
+def load_coco_json(path: Path) -> dict[str, Any]:
+    """The tree of a COCO file with checked structure. Raises CellbenchError."""
+    return _load_coco_json(path, file_stamp(path))
+
+
+@functools.lru_cache(maxsize=4)
+def _load_coco_json(path: Path, stamp: tuple[int, int]) -> dict[str, Any]:
+    tree = read_json(path)
     tables = {"images": ("id", "file_name", "height", "width"), "annotations": ("image_id", "category_id"), "categories": ("id", "name")}
     for table, keys in tables.items():
         rows = tree.get(table) if isinstance(tree, dict) else None
@@ -267,17 +277,17 @@ class CocoFile:
 
 def count_coco_categories(path: Path) -> dict[str, int]:
     """The number of annotations of each category, by name, without crowds. Raises CellbenchError that names the file."""
-    about = path.stat()
-    tree = load_coco_json(path, (about.st_size, about.st_mtime_ns))
+    tree = load_coco_json(path)
     names = {row["id"]: str(row["name"]) for row in tree["categories"]}
     counts = dict.fromkeys(names.values(), 0)
     for row in tree["annotations"]:
-        if row["category_id"] in names and not _is_crowd(row):
+        if row["category_id"] in names and not is_crowd(row):
             counts[names[row["category_id"]]] += 1
     return counts
 
 
-def _is_crowd(row: dict[str, Any]) -> bool:
+def is_crowd(row: dict[str, Any]) -> bool:
+    """Whether an annotation of a COCO file marks a crowd of cells."""
     return row.get("iscrowd") in (1, "1")  # True is 1
 
 
@@ -286,8 +296,7 @@ def read_coco(path: Path, labels: Mapping[str, int | None]) -> CocoFile:
 
     Raises CellbenchError that names the file.
     """
-    about = path.stat()
-    tree = load_coco_json(path, (about.st_size, about.st_mtime_ns))
+    tree = load_coco_json(path)
     label: dict[int | str, int | None] = {row["id"]: labels[str(row["name"])] for row in tree["categories"]}
     limit = images.pixel_limit()
     found: dict[int | str, list[Region]] = {}
@@ -315,7 +324,7 @@ def read_coco(path: Path, labels: Mapping[str, int | None]) -> CocoFile:
             empty.append(name)
             num_boxes += bool(row.get("bbox"))
             continue
-        if _is_crowd(row):
+        if is_crowd(row):
             num_crowds, mark = num_crowds + 1, IGNORE
         if mark is not None:
             found[row["image_id"]].append(Region(segmentation=json.dumps(outline), label=mark, id=name))

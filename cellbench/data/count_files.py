@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cellbench.data.annotations import load_coco_json
+from cellbench.data.annotations import is_crowd, load_coco_json
 from cellbench.data.io.decode import printable_path
 from cellbench.data.mask_names import ADDED
 from cellbench.data.outline_files import read_tool_mask
@@ -78,8 +78,7 @@ def read_coco_boxes(path: Path) -> Iterator[CountRecord]:
     """The boxes of a COCO file without outlines; none for other JSON."""
     if b'"annotations"' not in path.read_bytes() or b'"categories"' not in path.read_bytes():
         return
-    about = path.stat()
-    tree = load_coco_json(path, (about.st_size, about.st_mtime_ns))
+    tree = load_coco_json(path)
     if any(row.get("segmentation") for row in tree["annotations"]):
         return
     names = {row["id"]: str(row["name"]) for row in tree["categories"]}
@@ -96,7 +95,7 @@ def read_coco_boxes(path: Path) -> Iterator[CountRecord]:
             raise CellbenchError(
                 f"{printable_path(path)}: annotation {row.get('id')!s:.40} has no box [x, y, width, height]. Export it again."
             )
-        if row.get("iscrowd") in (1, "1"):
+        if is_crowd(row):
             raise CellbenchError(
                 f"{printable_path(path)}: annotation {row.get('id')!s:.40} is a crowd, whose cells are not counted. Take it out."
             )

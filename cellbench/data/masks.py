@@ -150,10 +150,6 @@ def _counts(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values[values > 0], counts[values > 0]
 
 
-def _areas(mask: np.ndarray) -> np.ndarray:
-    return np.bincount(ndimage.label(mask)[0].ravel())[1:]
-
-
 def _histogram(areas: np.ndarray) -> list[list[int]]:
     found, counts = np.unique(areas, return_counts=True)
     return np.stack([found, counts], axis=1).tolist()
@@ -181,7 +177,7 @@ def _torn(labels: np.ndarray, values: np.ndarray) -> list[int]:
         place = np.where(values[at] == labels, at + 1, 0) if len(values) else at
     torn = []
     for value, box in zip(values.tolist(), ndimage.find_objects(place, len(values)), strict=True):
-        if _in_parts(_areas(labels[box] == value)):
+        if _in_parts(np.bincount(ndimage.label(labels[box] == value)[0].ravel())[1:]):
             torn.append(value)
     return torn
 
@@ -245,16 +241,12 @@ def decide_meaning(facts: Sequence[MaskFacts], kind: str = "", ignore: int | Non
         return MaskMeaning(kind="classes", ignore=ignore, description=merged, doubt=doubt)
     if len(union) < 2 or (most == 1 and set(union) <= {1, 255, 65535}):
         return MaskMeaning(kind="binary", ignore=ignore, description=both)
-    if _in_pieces(marked, union):
-        doubt = (
-            f"the values {shown} occur in many places each, so they are classes and no cell numbers, and are taken for one class. "
-            "To separate them, write classes = [...] and values = [...] into dataset.toml beside the data"
-        )
-        return MaskMeaning(kind="classes", ignore=ignore, description=merged, doubt=doubt)
     same = all(f.values == marked[0].values for f in marked)
-    if same and not rising and len(marked) >= MANY_ALIKE:
+    in_pieces = _in_pieces(marked, union)
+    if in_pieces or (same and not rising and len(marked) >= MANY_ALIKE):
+        where = "in many places each" if in_pieces else f"in each of {len(marked)} masks"
         doubt = (
-            f"the values {shown} occur in each of {len(marked)} masks, so they are classes and no cell numbers, and are taken for one class. "
+            f"the values {shown} occur {where}, so they are classes and no cell numbers, and are taken for one class. "
             "To separate them, write classes = [...] and values = [...] into dataset.toml beside the data"
         )
         return MaskMeaning(kind="classes", ignore=ignore, description=merged, doubt=doubt)

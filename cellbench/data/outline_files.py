@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from cellbench.data.annotations import rasterize
+from cellbench.data.annotations import rasterize, read_json
 from cellbench.data.io import images
 from cellbench.data.io.decode import printable_path
 from cellbench.data.io.imagej_roi import read_rois, unit_circle
 from cellbench.data.io.inert_pickle import as_array, read_npy
 from cellbench.errors import CellbenchError, one_line
-from cellbench.files import compute_sha256
+from cellbench.files import compute_sha256, file_stamp
 from cellbench.metrics.pixel import IGNORE
 
 SUFFIXES = (".geojson", ".json", ".roi", ".zip", ".npy")
@@ -132,8 +131,7 @@ def fill_regions(regions: Iterable[Outline], size_px: tuple[int, int], shown: st
 
 def read_tool_mask(path: Path) -> ToolMask:
     """The cells of a file, by its ending and content. Raises CellbenchError that names it."""
-    about = path.stat()
-    return _read(path, (about.st_size, about.st_mtime_ns))
+    return _read(path, file_stamp(path))
 
 
 @functools.lru_cache(maxsize=4)
@@ -147,7 +145,7 @@ def _read(path: Path, stamp: tuple[int, int]) -> ToolMask:
             outlines=tuple(Outline(rings=one.rings, name=one.name.removesuffix(".roi")) for one in areas), left_out=Counter(others)
         )
     else:
-        tree = _json(path)
+        tree = read_json(path)
         try:
             found = _labelme(tree, shown) if isinstance(tree, dict) and "shapes" in tree else _geojson(tree, shown)
         except RecursionError:
@@ -155,13 +153,6 @@ def _read(path: Path, stamp: tuple[int, int]) -> ToolMask:
     regions = tuple(one for one in found.outlines if one.label.casefold() in REGION_LABELS)
     kept = tuple(one for one in found.outlines if one.label.casefold() not in REGION_LABELS)
     return replace(found, outlines=kept, regions=(*found.regions, *regions))
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CellbenchError(f"{printable_path(path)}: cannot be read as JSON ({one_line(error)[:160]}). Export it again.") from None
 
 
 def _numbered(path: Path) -> np.ndarray:

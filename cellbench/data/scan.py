@@ -57,10 +57,11 @@ class Listing:
 
     root: Path
     layout: str
-    """Notes for the user."""
+    """How the folder is laid out, in words."""
     parts: dict[str, tuple[Sample, ...]] = field(default_factory=dict)
     problems: list[UnusableImage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    """For the user."""
     doubts: list[FileWarning] = field(default_factory=list)
     reported: set[Path] = field(default_factory=set)
     """Files that a problem or doubt already names."""
@@ -175,7 +176,7 @@ def files_below(where: Path, endings: Collection[str] = EXTENSIONS) -> tuple[lis
                 left.append(IgnoredFile(path=path, reason="hidden folder" if entry.is_dir() else "hidden"))
             elif entry.is_dir():
                 (links if entry.is_symlink() else folders).append(path)
-            elif reason := _why_not_of(entry, endings):
+            elif reason := why_unreadable(entry, endings):
                 left.append(IgnoredFile(path=path, reason=reason))
             else:
                 found.append(path)
@@ -202,12 +203,8 @@ def _is_clutter(name: str) -> bool:
     return name.lower() in CLUTTER or name.startswith("._")
 
 
-def why_unreadable(entry: os.DirEntry[str]) -> str:
-    """Why a file is not read as an image; empty if it is one."""
-    return _why_not_of(entry, EXTENSIONS)
-
-
-def _why_not_of(entry: os.DirEntry[str], endings: Collection[str]) -> str:
+def why_unreadable(entry: os.DirEntry[str], endings: Collection[str] = EXTENSIONS) -> str:
+    """Why an entry of a folder is not read as a file with one of these endings; empty if it is."""
     if not entry.is_file():
         return "link that leads nowhere" if entry.is_symlink() else "no regular file"
     extension = os.path.splitext(entry.name)[1]

@@ -40,6 +40,10 @@ class Outcome:
     missing: list[str] = field(default_factory=list)
     """Without a result or a reason at the end, such as a run that was deleted meanwhile."""
 
+    def note_missing(self, runs: Sequence[ResolvedRun]) -> None:
+        """Sets ``missing``; ``runs``: all that were to be executed."""
+        self.missing = [one.name for one in runs if one.name not in {**self.finished, **self.skipped, **self.failed}]
+
 
 @dataclass(kw_only=True)
 class ActiveRun:

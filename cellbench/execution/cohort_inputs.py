@@ -6,17 +6,16 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from cellbench.config.cards import HeadCard
-from cellbench.config.registry import Registry
 from cellbench.config.run import NUMERICS_VERSION
 from cellbench.data.dataset import Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.execution.planning import ResolvedRun
+from cellbench.execution.resources import Resources
 from cellbench.features.extractor import CachePolicy, Features
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.features.remote_cache import RemoteCache, shared_url
@@ -27,14 +26,10 @@ from cellbench.models.backbones.build import open_backbone
 
 @dataclass(kw_only=True)
 class CohortInputs:
-    """``memory_bytes``: for images and features together."""
+    """The memory of the resources is for images and features together."""
 
     datasets: Sequence[Dataset]
-    registry: Registry
-    weights: Path | None
-    memory_bytes: int
-    disk_bytes: int
-    prefer_disk: bool
+    resources: Resources
     say: Callable[[str], None]
 
     def __post_init__(self) -> None:
@@ -45,7 +40,7 @@ class CohortInputs:
     def _open(self, dataset: Dataset) -> None:
         self.dataset = dataset
         # A third for decoded images; features get the rest. Both are upper bounds, not reservations.
-        third = self.memory_bytes // 3
+        third = self.resources.machine.memory_bytes // 3
         share = {"train": 0.6, "val": 0.2, "test": 0.2}
         self.images = {split: ImageCache(dataset, split, int(third * part)) for split, part in share.items()}
 
@@ -60,7 +55,7 @@ class CohortInputs:
         self.select(first)
         levels = [one.card.levels for one in (*cohort, *more) if isinstance(one.card, HeadCard)]
         frozen = FrozenBackbone(self._open_backbone(first), machine, levels, first.run.unfreeze)
-        plan = SamplingPlan(self.images["train"].sizes_px, first.run, self.registry, self.images["train"].boxes_px)
+        plan = SamplingPlan(self.images["train"].sizes_px, first.run, self.resources.registry, self.images["train"].boxes_px)
         return Features(frozen, plan, self.images, self._cache_policy(first, machine), [one.run.targets for one in cohort])
 
     def _open_backbone(self, resolved: ResolvedRun) -> Backbone | None:
@@ -69,7 +64,7 @@ class CohortInputs:
             return None
         if self._backbone is None or self._backbone[0] != card.id:
             self._backbone = None  # one in memory at a time: the largest take 4.5 GB
-            self._backbone = card.id, open_backbone(card, self.weights)
+            self._backbone = card.id, open_backbone(card, self.resources.weights)
         return self._backbone[1]
 
     def _cache_policy(self, resolved: ResolvedRun, machine: Hardware) -> CachePolicy:
@@ -80,8 +75,8 @@ class CohortInputs:
             key = json.dumps([resolved.backbone_identity, *versions, machine.device.type, machine.threads, machine.chunk])
         return CachePolicy(
             memory_bytes=machine.memory_bytes * 2 // 3,
-            disk_bytes=self.disk_bytes,
-            prefer_disk=self.prefer_disk,
+            disk_bytes=self.resources.disk_bytes,
+            prefer_disk=self.resources.prefer_disk,
             key=key,
             backbone=resolved.run.backbone or "",
             dataset=self.dataset.name,

@@ -142,7 +142,7 @@ def _execute(plan: ExperimentPlan, tracker: Tracker, parent: Run, ray: Any, draw
     todo, outcome = find_unfinished(claims, plan.runs, data)
     if todo or plan.experiment.ensemble_best:
         _compute(plan, tracker, parent, ray, drawing, say, todo, outcome)
-    outcome.missing = [one.name for one in plan.runs if one.name not in {**outcome.finished, **outcome.skipped, **outcome.failed}]
+    outcome.note_missing(plan.runs)
     return outcome
 
 
@@ -156,27 +156,25 @@ def _compute(
     todo: Sequence[ResolvedRun],
     outcome: Outcome,
 ) -> None:
+    """Executes the runs ``todo``, then the ensemble of the best models."""
     from cellbench.execution.best_ensembles import evaluate_best_models
     from cellbench.execution.multiprocess import ProcessExecutor
     from cellbench.execution.ray_grid import RayExecutor
     from cellbench.execution.runner import Runner
+    from cellbench.execution.worker_job import job_spec
 
-    options, resources = plan.options, plan.resources
+    options = plan.options
     startup.freeze_imports()  # torch's
     runner = Runner(
         experiment=plan.experiment,
-        registry=resources.registry,
+        resources=plan.resources,
         datasets=plan.datasets,
-        machine=resources.machine,
-        weights=resources.weights,
         tracker=tracker,
         parent_id=parent.run_id,
-        disk_bytes=resources.disk_bytes,
-        prefer_disk=resources.prefer_disk,
         drawing=drawing,
         say=say,
     )
-    job = resources.job(plan.experiment, parent.run_id, where=options.file, data=options.data, extra=options.registry)
+    job = job_spec(plan.experiment, parent.run_id, plan.resources, where=options.file, data=options.data)
     executor: Executor = InProcessExecutor()
     if options.workers is not None:
         executor = ProcessExecutor(options.workers, job)

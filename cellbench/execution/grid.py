@@ -91,7 +91,7 @@ def run_all(runner: Runner, runs: Sequence[ResolvedRun], executor: Executor | No
     """Executes the unfinished runs; without an executor, in this process."""
     todo, out = find_unfinished(runner.claims, runs, runner.experiment.data)
     execute(runner, todo, out, executor)
-    out.missing = [one.name for one in runs if one.name not in {**out.finished, **out.skipped, **out.failed}]
+    out.note_missing(runs)
     return out
 
 

@@ -16,6 +16,7 @@ from cellbench.config.run import ADAPTATIONS, EDGE_CELLS, TTA, RunSpec, fingerpr
 from cellbench.data.dataset import Dataset
 from cellbench.data.transforms.framing import Framing
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line
+from cellbench.execution.resources import Resources
 from cellbench.models.backbones.build import weights_digest
 from cellbench.models.baselines.build import baseline_weights_digest, model_digest
 
@@ -101,11 +102,11 @@ def resolve_runs(
 
 
 def resolve_tree(
-    tree: Mapping[str, Any], registry: Registry, datasets: Sequence[Dataset], weights: Path | None, where: str, *, precision: str
+    tree: Mapping[str, Any], resources: Resources, datasets: Sequence[Dataset], where: str
 ) -> tuple[Experiment, list[ResolvedRun]]:
     """Validates an experiment and resolves its runs, as :func:`resolve_runs`."""
-    experiment = Experiment.of(tree, where)
-    return experiment, resolve_runs(experiment, registry, datasets, weights, where, precision=precision)
+    experiment, precision = Experiment.of(tree, where), resources.machine.precision_name
+    return experiment, resolve_runs(experiment, resources.registry, datasets, resources.weights, where, precision=precision)
 
 
 def _same_training(run: RunSpec) -> list[RunSpec]:

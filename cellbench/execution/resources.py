@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from cellbench.config.experiment import Experiment
 from cellbench.config.options import TrainingOptions
 from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
@@ -18,19 +16,19 @@ from cellbench.startup import num_threads
 from cellbench.temporary import remove_abandoned
 from cellbench.training import checkpoints
 
-if TYPE_CHECKING:
-    from cellbench.execution.worker_job import JobSpec
-
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
+    """What the runs of a command are computed with."""
+
     registry: Registry
-    weights: Path | None
+    weights: Path | None = None
+    """Folder of backbone weights."""
     machine: Hardware
     """This machine, or the one that is requested on a cluster."""
-    disk_bytes: int
+    disk_bytes: int = 0
     """Limit for cached features."""
-    prefer_disk: bool
+    prefer_disk: bool = False
     """Whether to cache features on disk even if they fit in memory."""
 
     @classmethod
@@ -43,22 +41,6 @@ class Resources:
             machine=_machine(options, options.precision, elsewhere=elsewhere),
             disk_bytes=disk_bytes,
             prefer_disk=prefer_disk,
-        )
-
-    def job(self, experiment: Experiment, parent_id: str, *, where: str, data: Path | None, extra: Path | None) -> JobSpec:
-        """The job of other processes with these resources, as :func:`job_spec`."""
-        from cellbench.execution.worker_job import job_spec
-
-        return job_spec(
-            experiment,
-            parent_id,
-            self.machine,
-            where=where,
-            data=data,
-            weights=self.weights,
-            extra=extra,
-            disk_bytes=self.disk_bytes,
-            prefer_disk=self.prefer_disk,
         )
 
 

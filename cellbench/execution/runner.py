@@ -16,7 +16,6 @@ import torch
 from cellbench.background import BackgroundCalls
 from cellbench.config.cards import BaselineCard
 from cellbench.config.experiment import Experiment
-from cellbench.config.registry import Registry
 from cellbench.data.audit import seen_images
 from cellbench.data.dataset import Dataset
 from cellbench.errors import CellbenchError, SystemFault, WeightsUnavailable, blaming, culprit_of, keeping_on, one_line, quote_name
@@ -29,6 +28,7 @@ from cellbench.execution.failures import describe_failure, traceback_of
 from cellbench.execution.finished_training import finished_trainers
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import CohortProgress, Report, no_report
+from cellbench.execution.resources import Resources
 from cellbench.execution.result_logging import ResultLogging
 from cellbench.execution.run_logger import RunLogger, TrialCallback
 from cellbench.execution.shift_tests import (
@@ -41,7 +41,7 @@ from cellbench.execution.shift_tests import (
 from cellbench.execution.wanted_tests import missing_tests, wanted_tests
 from cellbench.features.extractor import Features, non_finite_reason
 from cellbench.files import os_errors_as
-from cellbench.hardware import Hardware, is_out_of_memory, release_memory
+from cellbench.hardware import is_out_of_memory, release_memory
 from cellbench.metrics import catalog
 from cellbench.models.baselines.build import FoundClasses, open_baseline
 from cellbench.system_load import SystemLoad
@@ -70,16 +70,11 @@ class Runner:
     """Executes cohorts. Holds what the cohorts of one command share."""
 
     experiment: Experiment
-    registry: Registry
+    resources: Resources
     datasets: Sequence[Dataset]
     """One, or one per fold."""
-    machine: Hardware
-    weights: Path | None
     tracker: Tracker
     parent_id: str
-    disk_bytes: int = 0
-    """Limit for features in the cache folder."""
-    prefer_disk: bool = False
     say: Callable[[str], None] = print
     report: Report = no_report
     """Receives the progress of the current cohort."""
@@ -89,16 +84,10 @@ class Runner:
     """Set for the trials of a search, which are validated and not tested."""
 
     def __post_init__(self) -> None:
+        self.registry, self.machine = self.resources.registry, self.resources.machine
+        """``machine``: with fewer tiles at once while a cohort is out of memory."""
         self._own_metrics = catalog.own_metrics(self.registry)
-        self._inputs = CohortInputs(
-            datasets=self.datasets,
-            registry=self.registry,
-            weights=self.weights,
-            memory_bytes=self.machine.memory_bytes,
-            disk_bytes=self.disk_bytes,
-            prefer_disk=self.prefer_disk,
-            say=self.say,
-        )
+        self._inputs = CohortInputs(datasets=self.datasets, resources=self.resources, say=self.say)
         self._logging = ResultLogging(self.drawing)
         self.claims = RunClaims(
             tracker=self.tracker, parent_id=self.parent_id, datasets=self.datasets, limit=self.experiment.data.limit, say=self.say
@@ -238,7 +227,7 @@ class Runner:
     def _function(self, resolved: ResolvedRun) -> Callable[..., FoundClasses]:
         """The function of an untrained baseline. Raises WeightsUnavailable."""
         assert isinstance(resolved.card, BaselineCard), "only baselines are not trained"
-        return open_baseline(resolved.card, self.registry, self.weights)
+        return open_baseline(resolved.card, self.registry, self.resources.weights)
 
     # --- heads and trained baselines --------------------------------------------------------------------------------------------------
 

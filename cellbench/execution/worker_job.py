@@ -25,6 +25,7 @@ from cellbench.errors import CellbenchError, first_names
 from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun, resolve_runs
 from cellbench.execution.progress import Report, no_report
+from cellbench.execution.resources import Resources
 from cellbench.execution.runner import Runner
 from cellbench.features.extractor import FeaturePass
 from cellbench.features.remote_cache import shared_url
@@ -57,34 +58,34 @@ class JobSpec:
     cache_url: str = ""
     """URL of the shared cache. With it, each machine may have its own cache folder."""
 
+    def resources(self) -> Resources:
+        """What its runs are computed with, in this process."""
+        return Resources(
+            registry=Registry(self.extra),
+            weights=self.weights,
+            machine=self.machine,
+            disk_bytes=self.disk_bytes,
+            prefer_disk=self.prefer_disk,
+        )
+
     def __repr__(self) -> str:
         return f"JobSpec({self.experiment.experiment!r})"
 
 
-def job_spec(
-    experiment: Experiment,
-    parent_id: str,
-    machine: Hardware,
-    *,
-    where: str,
-    data: Path | None,
-    weights: Path | None,
-    extra: Path | None,
-    disk_bytes: int,
-    prefer_disk: bool,
-) -> JobSpec:
-    """Creates the job of a grid that is started on this machine."""
+def job_spec(experiment: Experiment, parent_id: str, resources: Resources, *, where: str, data: Path | None) -> JobSpec:
+    """Creates the job of a grid that is started on this machine, for other processes with its resources."""
+    weights, extra = resources.weights, resources.registry.extra
     folders = tuple(str(Path(folder).absolute()) for folder in experiment.data.test_folders)
     return JobSpec(
         experiment=experiment.model_copy(update={"data": experiment.data.model_copy(update={"tests": folders})}),
         parent_id=parent_id,
-        machine=machine,
+        machine=resources.machine,
         where=where,
         data=data.absolute() if data else None,
         weights=weights.absolute() if weights else None,
         extra=extra.absolute() if extra else None,
-        disk_bytes=disk_bytes,
-        prefer_disk=prefer_disk,
+        disk_bytes=resources.disk_bytes,
+        prefer_disk=resources.prefer_disk,
         cache=cache_dir(),
         store=absolute(store_uri()),
         cache_url=shared_url(),
@@ -121,22 +122,17 @@ class CohortWorker:
 
     def __init__(self, job: JobSpec, say: Callable[[str], None], report: Report = no_report) -> None:
         apply_job_environment(job)
-        registry = Registry(job.extra)
-        datasets = open_folds(job.experiment, registry, job.data)
-        precision = job.machine.precision_name
-        runs = resolve_runs(job.experiment, registry, datasets, job.weights, job.where, precision=precision, download=False)
+        resources, precision = job.resources(), job.machine.precision_name
+        datasets = open_folds(job.experiment, resources.registry, job.data)
+        runs = resolve_runs(job.experiment, resources.registry, datasets, job.weights, job.where, precision=precision, download=False)
         self._runs = {one.fingerprint: one for one in runs}
         self._machine = job.machine
         self._runner = Runner(
             experiment=job.experiment,
-            registry=registry,
+            resources=resources,
             datasets=datasets,
-            machine=job.machine,
-            weights=job.weights,
             tracker=Tracker(job.experiment.experiment, make=False),
             parent_id=job.parent_id,
-            disk_bytes=job.disk_bytes,
-            prefer_disk=job.prefer_disk,
             say=say,
             report=report,
         )

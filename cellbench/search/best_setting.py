@@ -26,9 +26,9 @@ def test_best(space: Space, study: Study, runner: Runner, machine: Hardware, run
     if not best:
         say("no completed trial satisfies the bounds, so there is no best setting to test.")
         return 0
-    tree, precision = space.best_tree(best[0].point), machine.precision_name
-    experiment, runs = resolve_tree(tree, runner.registry, runner.datasets, runner.weights, "best.toml", precision=precision)
-    runner = replace(runner, experiment=experiment, machine=machine, watch=None)
+    resources = replace(runner.resources, machine=machine)
+    experiment, runs = resolve_tree(space.best_tree(best[0].point), resources, runner.datasets, "best.toml")
+    runner = replace(runner, experiment=experiment, resources=resources, watch=None)
     single = {one.name for one in runs if one.run.ensemble == "none"}
     found = ", ".join(f"{name} {value:.4f}" for name, value in zip(space.settings.objectives, best[0].values, strict=True))
     setting = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in best[0].point.items())

@@ -36,7 +36,7 @@ from cellbench.execution.multiprocess import assign_cores, pin_to_cores
 from cellbench.execution.planning import resolve_tree
 from cellbench.execution.resources import Resources, check_options, prepare_cache
 from cellbench.execution.runner import Runner
-from cellbench.execution.worker_job import JobSpec
+from cellbench.execution.worker_job import JobSpec, job_spec
 from cellbench.files import parse_toml
 from cellbench.hardware import Hardware
 from cellbench.metrics.catalog import search_objectives
@@ -104,14 +104,10 @@ class SearchPlan:
         """The worker that trains trials in this process, on ``machine``, its share of the resources."""
         runner = Runner(
             experiment=self.experiment,
-            registry=self.resources.registry,
+            resources=replace(self.resources, machine=machine),
             datasets=self.datasets,
-            machine=machine,
-            weights=self.resources.weights,
             tracker=tracker,
             parent_id=parent_id,
-            disk_bytes=self.resources.disk_bytes,
-            prefer_disk=True,
             say=say,
         )
         return SearchWorker(space=self.space, study=study, runner=runner, where=self.file)
@@ -146,7 +142,7 @@ def plan_search(space: Space, text: str, file: str, data: Path | None, storage: 
         storage=url,
         experiment=experiment,
         datasets=open_folds(experiment, resources.registry, data),
-        resources=resources,
+        resources=replace(resources, prefer_disk=True),
     )
     _check_backbones(plan)
     return plan
@@ -162,17 +158,10 @@ def max_epochs(space: Space) -> int:
 
 def _check_backbones(plan: SearchPlan) -> None:
     """Raises CellbenchError for a backbone without weights: all its trials would fail."""
-    space, resources = plan.space, plan.resources
+    space = plan.space
     base = {one.name: one.ends[0] for one in space.dimensions if not one.head}
     for name in _backbones(space):
-        _, (resolved,) = resolve_tree(
-            space.tree({**base, "backbone": name}),
-            resources.registry,
-            plan.datasets,
-            resources.weights,
-            plan.file,
-            precision=resources.machine.precision_name,
-        )
+        _, (resolved,) = resolve_tree(space.tree({**base, "backbone": name}), plan.resources, plan.datasets, plan.file)
         if resolved.unavailable:
             raise CellbenchError(f"{plan.file}: [space] backbone '{name}': {resolved.unavailable} Or remove it from the list.")
 
@@ -231,8 +220,6 @@ def _open(plan: SearchPlan, options: SearchOptions) -> Iterator[SearchSession]:
         plan.study() as study,
         tracker.parent_run(f"search: {Path(plan.file).stem}", _key(plan), params, pool_folds(plan.datasets), kind="search") as parent,
     ):
-        shared = replace(resources, prefer_disk=True)
-        job = shared.job(plan.experiment, parent.run_id, where=plan.file, data=plan.data, extra=options.registry)
         session = SearchSession(
             plan=plan,
             study=study,
@@ -240,7 +227,7 @@ def _open(plan: SearchPlan, options: SearchOptions) -> Iterator[SearchSession]:
             request=log_request(parent, plan.text, dataset, resources.machine.name),
             worker=plan.worker(study, tracker, parent.run_id, resources.machine.shares(options.workers or 1)[0]),
             tracker=tracker,
-            job=job,
+            job=job_spec(plan.experiment, parent.run_id, resources, where=plan.file, data=plan.data),
             ray=ray,
             gpu_share=options.gpu_share,
         )
@@ -349,12 +336,9 @@ def assist_here(options: SearchOptions, resources: Resources, text: str, stop: S
 
 def help_search(job: JobSpec, *, file: str, text: str, storage: str, seconds: float | None) -> None:
     """Main function of a worker on Ray. Raises CellbenchError."""
-    resources = Resources(
-        registry=Registry(job.extra), weights=job.weights, machine=job.machine, disk_bytes=job.disk_bytes, prefer_disk=True
-    )
     stop = StopRequest.after(seconds)
     stop.parent_pid = os.getppid()  # Ray's own process on that node
-    assist(_plan_from_text(text, file, job.data, storage, resources), job.machine, [], stop)
+    assist(_plan_from_text(text, file, job.data, storage, job.resources()), job.machine, [], stop)
 
 
 def _plan_from_text(text: str, file: str, data: Path | None, storage: str | None, resources: Resources) -> SearchPlan:

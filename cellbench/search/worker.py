@@ -104,10 +104,8 @@ class SearchWorker:
 
     def _resolve(self, trial: ProposedTrial) -> bool:
         """Resolves a trial's run. If the combination of settings is invalid, reports the trial as failed and returns False."""
-        runner, tree = self.runner, self.space.tree(trial.point)
-        precision = runner.machine.precision_name
         try:
-            _, (run,) = resolve_tree(tree, runner.registry, runner.datasets, runner.weights, self.where, precision=precision)
+            _, (run,) = resolve_tree(self.space.tree(trial.point), self.runner.resources, self.runner.datasets, self.where)
         except CellbenchError as error:
             self.study.tell_failed(trial, str(error))
             return False

@@ -30,6 +30,7 @@ from cellbench.data.loading import open_folds
 from cellbench.errors import CellbenchError
 from cellbench.execution import ray_cluster, ray_grid, ray_search
 from cellbench.execution.planning import resolve_runs
+from cellbench.execution.resources import Resources
 from cellbench.execution.work_queue import WorkItem
 from cellbench.execution.worker_job import CohortWorker, JobSpec, code_version, job_spec
 from cellbench.files import write_atomic
@@ -210,7 +211,8 @@ def begun_grid(tmp_path, monkeypatch):
         pass
     precision = TWO.precision_name
     jobs = resolve_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
-    job = job_spec(experiment, top.run_id, TWO, where="small.toml", data=data, weights=None, extra=None, disk_bytes=0, prefer_disk=False)
+    resources = Resources(registry=Registry(), machine=TWO)
+    job = job_spec(experiment, top.run_id, resources, where="small.toml", data=data)
     write_atomic(job.cache / "token", "seen")
     return job, jobs[0].fingerprint
 

@@ -19,7 +19,7 @@ from cellbench.data.io import images
 from cellbench.data.io.intensity import IntensityScaling
 from cellbench.data.progress import map_files
 from cellbench.errors import CellbenchError
-from cellbench.files import cache_dir, text_digest, write_atomic
+from cellbench.files import cache_dir, file_stamp, text_digest, write_atomic
 
 _VERSION = 6
 """Increased when results change."""
@@ -44,7 +44,7 @@ def group_by_first(samples: Sequence[Sample], first: Sequence[int]) -> tuple[Sam
 
 def _cached(paths: Sequence[Path], reading: IntensityScaling) -> list[int]:
     try:
-        stamps = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        stamps = [[str(path.absolute()), *file_stamp(path)] for path in paths]
     except OSError:
         return _first_of_group(paths, reading)  # a missing file has no time stamp as a cache key
     key = [_VERSION, stamps, *([reading.to_dict()] if reading != IntensityScaling() else [])]

@@ -19,6 +19,7 @@ from cellbench.config.registry import Registry
 from cellbench.data.loading import open_folds
 from cellbench.errors import CellbenchError
 from cellbench.execution.planning import resolve_runs
+from cellbench.execution.resources import Resources
 from cellbench.execution.worker_job import CohortWorker, job_spec
 from cellbench.features import sharded_cache
 from cellbench.features.frozen_backbone import FrozenBackbone
@@ -197,9 +198,8 @@ def test_the_flag_reaches_processes_elsewhere_of_which_the_second_computes_nothi
     experiment, data, registry = read_experiment("small.toml", few, data=Path("smears"))[0], Path("smears").absolute(), Registry()
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass
-    job = job_spec(
-        experiment, top.run_id, detect_hardware("cpu"), where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True
-    )  # fmt: skip
+    resources = Resources(registry=Registry(), machine=detect_hardware("cpu"), disk_bytes=2**28, prefer_disk=True)
+    job = job_spec(experiment, top.run_id, resources, where="", data=data)
     folds, precision = open_folds(experiment, registry, data), job.machine.precision_name
     prints = [job.fingerprint for job in resolve_runs(experiment, registry, folds, None, "small.toml", precision=precision)]
     for name, num in (("one", 3), ("two", 0)):

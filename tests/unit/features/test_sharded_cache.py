@@ -19,6 +19,7 @@ from cellbench.data.transforms.framing import Framing
 from cellbench.execution import ray_cluster, ray_grid
 from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun, resolve_runs
+from cellbench.execution.resources import Resources
 from cellbench.execution.worker_job import CohortWorker, JobSpec, job_spec
 from cellbench.features import sharded_cache
 from cellbench.features.extractor import FeaturePass, Features
@@ -77,9 +78,8 @@ def test_a_grid_reads_shards_that_others_filled_gives_the_same_numbers_and_compu
     experiment, data = read_experiment("small.toml", KEPT[1::2], data=Path("smears"))[0], Path("smears").absolute()
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass
-    job = job_spec(
-        experiment, top.run_id, detect_hardware("cpu"), where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True
-    )  # fmt: skip
+    resources = Resources(registry=Registry(), machine=detect_hardware("cpu"), disk_bytes=2**28, prefer_disk=True)
+    job = job_spec(experiment, top.run_id, resources, where="", data=data)
     precision = job.machine.precision_name
     jobs = resolve_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
     worker = CohortWorker(job, print)
@@ -111,7 +111,8 @@ def test_a_shard_holds_the_levels_of_all_cohorts(tmp_path, monkeypatch, small_sh
     experiment, data = read_experiment("small.toml", changes, data=Path("smears"))[0], Path("smears").absolute()
     with Tracker(experiment.experiment).run("grid", "parent") as top:
         pass
-    job = job_spec(experiment, top.run_id, ONE, where="", data=data, weights=None, extra=None, disk_bytes=2**28, prefer_disk=True)
+    resources = Resources(registry=Registry(), machine=ONE, disk_bytes=2**28, prefer_disk=True)
+    job = job_spec(experiment, top.run_id, resources, where="", data=data)
     precision = job.machine.precision_name
     jobs = resolve_runs(experiment, Registry(), open_folds(experiment, Registry(), data), None, "small.toml", precision=precision)
     worker = CohortWorker(job, print)
