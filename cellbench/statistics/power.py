@@ -8,7 +8,7 @@ number of images 1,000 simulated comparisons are decided as often as forecast, w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -110,15 +110,19 @@ PLANNED = (0.01, 0.005, 0.002)
 """Differences in Dice for which the power is stated."""
 
 
-def describe_detectable(num_images: int, what: str = "test images") -> str:
-    """What a test set can decide, in a sentence, before anything is trained."""
-    if num_images < fewest_units():
-        return f"With {num_images} {what} no difference between two models can be significant: {fewest_units()} are the least."
-    enough = min(num_images, MOST_IMAGES)  # from here on all of PLANNED are found in every repetition, whose number times this is in memory
-    found = ", ".join(f"{one:g} in {100 * power_of_normal(one, TYPICAL_SD, enough):.0f} %" for one in PLANNED)
+def describe_detectable(sizes: Mapping[str, int]) -> str:
+    """What test sets can decide, in a sentence, before anything is trained. ``sizes``: the number of images by a name such as ``test images``."""
+    parts = []
+    for what, num in sizes.items():
+        if num < fewest_units():
+            parts.append(f"{num} {what}: none, {fewest_units()} are the least")
+            continue
+        enough = min(num, MOST_IMAGES)  # from here on all of PLANNED are found in every repetition, whose number times this is in memory
+        found = ", ".join(f"{one:g} with {100 * power_of_normal(one, TYPICAL_SD, enough):.0f} %" for one in PLANNED)
+        parts.append(f"{num} {what}: {found}")
     return (
-        f"With {num_images} {what} a difference between two models of {found} of cases is found, if their difference in Dice varies by "
-        f"{TYPICAL_SD:g} from image to image, as between good models on BCCD."
+        f"power to find a difference in Dice between two models (if it varies by {TYPICAL_SD:g} from image to image, as between good models on "
+        f"BCCD): {'; '.join(parts)}"
     )
 
 

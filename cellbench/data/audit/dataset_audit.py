@@ -72,8 +72,8 @@ def audit(card: DatasetCard, folder: Path, spec: DataSpec) -> Audit:
     except CellbenchError as error:
         found.append(Finding(kind="split", severity=Severity.SEVERE, message=str(error), images=("the split",)))
     num_test = sum(f.split == "test" for f in facts)
-    notes += [describe_detectable(num_test)] if 0 < num_test < len(facts) else []
-    notes.append(describe_detectable(len(facts), "images, all tested in folds,"))
+    sizes = {"test images": num_test} if 0 < num_test < len(facts) else {}
+    notes.append(describe_detectable({**sizes, "images, all tested in folds": len(facts)}))
     found += [*too_few(len(facts)), *findings(facts, duplicates), *_absent(facts, dataset.classes), *_expected(card.expected, facts)]
     found = sorted(found, key=lambda finding: list(Severity).index(finding.severity))
     return Audit(

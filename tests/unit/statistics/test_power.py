@@ -127,10 +127,10 @@ def test_the_interval_of_what_doubling_gives_covers_a_planted_gain() -> None:
 
 
 def test_what_a_test_set_can_decide_is_said_before_training() -> None:
-    assert describe_detectable(3) == "With 3 test images no difference between two models can be significant: 6 are the least."
-    said = describe_detectable(14)
-    shares = [int(part.split()[0]) for part in said.split(" in ")[1:4]]
-    assert said.startswith("With 14 test images a difference between two models of 0.01 in ")
+    assert describe_detectable({"test images": 3}).endswith(": 3 test images: none, 6 are the least")
+    said = describe_detectable({"test images": 14})
+    shares = [int(part.split()[0]) for part in said.split(" with ")[1:]]
+    assert "14 test images: 0.01 with " in said
     rng = np.random.default_rng(0)
     decided = [100 * np.mean([wilcoxon(rng.normal(one, TYPICAL_SD, 14)).pvalue <= 0.05 for _ in range(400)]) for one in PLANNED]
     assert shares == pytest.approx(decided, abs=7)
