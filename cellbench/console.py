@@ -9,7 +9,7 @@ import contextlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -45,6 +45,12 @@ def say(text: str = "", *, file: IO[str] | None = None) -> None:
     else:
         file.write(f"{text}\n")
     file.flush()
+
+
+def say_lines(lines: Iterable[str]) -> None:
+    """Prints each line as :func:`say` does; nothing for none."""
+    for line in lines:
+        say(line)
 
 
 def warn(text: str) -> None:

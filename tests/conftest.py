@@ -47,7 +47,7 @@ LONGEST = (
 )
 
 
-DRAWN = Figure.__dict__["_drawn"]
+DRAWN = Figure.__dict__["drawn"]
 
 
 class LentCalls(BackgroundCalls):
@@ -121,11 +121,11 @@ def undrawn() -> Iterator[None]:
     from cellbench.execution import experiment_run, result_logging
 
     laid_out = cached_property(unrendered)
-    laid_out.__set_name__(Figure, "_drawn")
+    laid_out.__set_name__(Figure, "drawn")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment_run, "BackgroundCalls", Undrawn)
         patch.setattr(result_logging, "BackgroundCalls", Undrawn)
-        patch.setattr(Figure, "_drawn", laid_out)
+        patch.setattr(Figure, "drawn", laid_out)
         yield
 
 
@@ -134,7 +134,7 @@ def pictures(monkeypatch: pytest.MonkeyPatch, drawing: LentCalls) -> None:
     """Has the pictures of the test's grids and reports rendered."""
     for module in ("experiment_run", "result_logging"):
         monkeypatch.setattr(f"cellbench.execution.{module}.BackgroundCalls", lambda: drawing)
-    monkeypatch.setattr("cellbench.reporting.report_data.Figure._drawn", DRAWN)
+    monkeypatch.setattr("cellbench.reporting.report_data.Figure.drawn", DRAWN)
 
 
 @pytest.fixture

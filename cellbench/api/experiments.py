@@ -19,9 +19,7 @@ from cellbench.execution.claims import Outcome
 from cellbench.execution.experiment_run import plan_experiment, run_experiment
 from cellbench.execution.external import check_name, open_test_images, score_masks
 from cellbench.features.cache_admin import parse_cache
-from cellbench.tracking import store_address
-from cellbench.tracking.store import newest_experiment
-from cellbench.tracking.tracker import Tracker, open_experiment
+from cellbench.tracking.tracker import Tracker, open_experiment, open_experiments
 
 Place = str | os.PathLike[str]
 """A path."""
@@ -128,14 +126,7 @@ def results(*experiments: str) -> Results:
 
     """
     startup.set_environment()
-    store_address.require_store()
-    names: Sequence[str] = tuple(dict.fromkeys(experiments))
-    if not names:
-        newest = newest_experiment()
-        if newest is None:
-            raise CellbenchError("no experiment of MLflow's store here has a finished run. `cellbench.grid` makes some.")
-        names = (newest,)
-    return Results.collect([Tracker(name, make=False) for name in names])
+    return Results.collect(open_experiments(experiments))
 
 
 def score(

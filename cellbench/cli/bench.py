@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from cellbench import startup
 from cellbench.config.experiment import DataSpec
@@ -55,23 +57,22 @@ def bench(options: BenchOptions) -> int:
     )
     if options.scale:
         found = scaling.measure(setup)
-        say("")
-        say(scaling.table(found))
-        if out is not None:
-            write_atomic(out / "scale.json", json.dumps(asdict(found), indent=1))
-            say(f"written to {out}/scale.json")
+        say(f"\n{scaling.table(found)}")
+        _write(found, out, "scale.json")
         return 0
     if options.gpu:
-        measured = gpu_speed.measure(setup)
-        if out is not None:
-            write_atomic(out / "gpu.json", json.dumps(asdict(measured), indent=1))
-            say(f"written to {out}/gpu.json")
+        _write(gpu_speed.measure(setup), out, "gpu.json")
         return 0
     result = measure(setup)
-    say("")
-    say(checks_as_text(result))
+    say(f"\n{checks_as_text(result)}")
     if out is not None:
-        write_atomic(out / "bench.json", json.dumps(asdict(result), indent=1))
         style.save_figure(comparison_plots.plot_speeds(result.facts), out / "bench.png")
-        say(f"written to {out}/bench.json and bench.png")
+    _write(result, out, "bench.json", " and bench.png")
     return 0 if all(result.checks.values()) else 1
+
+
+def _write(measured: Any, out: Path | None, name: str, more: str = "") -> None:
+    """Writes a record of figures into the folder of ``--out``, where one is named."""
+    if out is not None:
+        write_atomic(out / name, json.dumps(asdict(measured), indent=1))
+        say(f"written to {out}/{name}{more}")

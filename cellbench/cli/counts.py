@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cellbench.console import say
+from cellbench.console import say, say_lines
 from cellbench.data.count_truth import CountTruth
 from cellbench.escaping import escape_markdown
 from cellbench.execution import artifacts
@@ -45,6 +45,5 @@ def log_counts(
         artifacts.write_counts(Path(temporary), rows)
         run.log_artifacts(Path(temporary))
         run.log(count_metrics(rows))
-    for line in lines:
-        say(line)
+    say_lines(lines)
     say(f"logged as '{name}' in the experiment '{tracker.name}': {artifacts.COUNTS_TABLE}, figures/counts.png and metrics.")

@@ -12,7 +12,7 @@ from cellbench.cli.runs import open_run
 from cellbench.config.experiment import DataSpec, Experiment
 from cellbench.config.options import EvaluateOptions
 from cellbench.config.registry import Registry
-from cellbench.console import say
+from cellbench.console import say, say_lines
 from cellbench.data.audit import seen_images
 from cellbench.data.count_truth import CountTruth
 from cellbench.data.dataset import Dataset, Sample
@@ -48,12 +48,10 @@ def evaluate(options: EvaluateOptions) -> int:
     experiment = Experiment.of_text(trained.config, "config.toml")
     dataset, what = open_test_images(trained, experiment, registry, options.data)
     say(f"{trained.name}: {len(dataset.test)} images of {dataset.root} ({what}), on {machine.name}.")
-    for line in dataset.notes:
-        say(line)
+    say_lines(dataset.notes)
     seen, warning = compare_with_training_images(trained, dataset.test)
     evaluation = evaluate_segmenter(segmenter, dataset, options.visualize)
-    for line in evaluation.notes:
-        say(line)
+    say_lines(evaluation.notes)
     result = EvaluationResult(evaluation=evaluation.scores, cost=evaluation.cost, preparation=trained.preparation)
     tested = _Tested(
         name=f"evaluate: {trained.name} on {dataset.root.name}",
@@ -68,8 +66,7 @@ def evaluate(options: EvaluateOptions) -> int:
     )
     tracker = Tracker(trained.experiment or "evaluations")
     _log(tested, tracker, machine.name, machine.precision_name)
-    for line in _summary(tested):
-        say(line)
+    say_lines(_summary(tested))
     say(f"logged as '{tested.name}' in the experiment '{tracker.name}', under the run that it tests: metrics, figures and error maps.")
     return 0
 
@@ -86,18 +83,21 @@ def compare_with_training_images(trained: TrainedRun, samples: Sequence[Sample])
     return seen, warning
 
 
+def independence(seen: Sequence[str] | None) -> str:
+    """Whether no image was trained or validated on: ``yes``, ``no`` or ``unknown``."""
+    return "unknown" if seen is None else "no" if any(seen) else "yes"
+
+
 def evaluate_counts(segmenter: Segmenter, truth: CountTruth) -> int:
     """Compares the counts of a run with true ones that come without masks. Returns exit code 0."""
     trained = segmenter.trained
     say(f"{trained.name}: counts of {len(truth.samples)} images of {truth.root}, on {segmenter.machine.name}.")
-    for line in truth.notes:
-        say(line)
+    say_lines(truth.notes)
     seen, warning = compare_with_training_images(trained, truth.samples)
     rows, note = count_cells(segmenter, truth)
     say(note)
     name = f"evaluate: {trained.name} on {truth.root.absolute().name}"
-    tags = {EVALUATED: trained.run_id or trained.name, "model": trained.run.model}
-    tags[INDEPENDENT] = "unknown" if seen is None else "no" if any(seen) else "yes"
+    tags = {EVALUATED: trained.run_id or trained.name, "model": trained.run.model, INDEPENDENT: independence(seen)}
     facts = [trained.fingerprint, segmenter.machine.precision_name]
     log_counts(name, rows, truth, facts, Tracker(trained.experiment or "evaluations"), tags, parent=trained.run_id, warning=warning)
     return 0
@@ -121,18 +121,13 @@ def _log(tested: _Tested, tracker: Tracker, machine: str, precision: str) -> Non
     trained, dataset, seen, metrics = tested.trained, tested.dataset, tested.seen, tested.metrics
     key = facts_digest([EVALUATION, trained.fingerprint, dataset.digest, precision])
     tags = {"cellbench.kind": EVALUATION, EVALUATED: trained.run_id or trained.name, "model": trained.run.model, "dataset": dataset.name}
-    known = next((run for run in tracker.stored() if run.fingerprint == key), None)
+    known = tracker.known(key).get(key)
     with tracker.run(tested.name, key, parent=trained.run_id, known=known, tags=tags) as run:
         if known is None:
-            params: dict[str, object] = {
-                "evaluated": trained.name,
-                "dataset": dataset.name,
-                "images": len(dataset.test),
-                "precision": precision,
-            }
+            facts = {"evaluated": trained.name, "dataset": dataset.name, "images": len(dataset.test), "precision": precision}
             if seen is not None:
-                params |= {"images_trained_on": seen.count("train"), "images_validated_on": seen.count("val")}
-            run.log({}, params=params)
+                facts |= {"images_trained_on": seen.count("train"), "images_validated_on": seen.count("val")}
+            run.log({}, params=facts)
             run.log_input(dataset.name, dataset.digest, str(dataset.root), "testing")
         with TemporaryFolder() as name:
             _write_artifacts(tested, Path(name))
@@ -144,8 +139,7 @@ def _tags(tested: _Tested, run: Run, machine: str) -> dict[str, str]:
     tags = artifacts.run_tags(tested.name, tested.metrics, machine, run.address("figures/worst.png"))
     if tested.warning:
         tags[NOTE] = f"**Warning:** {tested.warning}\n\n{tags[NOTE]}"
-    tags[INDEPENDENT] = "unknown" if tested.seen is None else "no" if any(tested.seen) else "yes"
-    return tags
+    return tags | {INDEPENDENT: independence(tested.seen)}
 
 
 def _write_artifacts(tested: _Tested, folder: Path) -> None:
@@ -156,7 +150,7 @@ def _write_artifacts(tested: _Tested, folder: Path) -> None:
     run = tested.trained.run.model_copy(update={"fold": 0})
     artifacts.write_artifacts(folder, run, plain, [dataset], result)
     artifacts.write_counts(folder, result.evaluation.cells)
-    artifacts.write_pictures(folder, {name: draw() for name, draw in artifacts.pictures(tested.name, dataset, pixels, result).items()})
+    artifacts.draw_pictures(folder, tested.name, dataset, pixels, result)
     if tested.seen is not None:
         names = {
             part: [sample.name for sample, one in zip(dataset.test, tested.seen, strict=True) if one == part] for part in seen_images.PARTS

@@ -15,7 +15,7 @@ from cellbench.config.experiment import DataSpec
 from cellbench.config.options import ExploreOptions
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
-from cellbench.console import progress_bar, say
+from cellbench.console import progress_bar, say, say_lines
 from cellbench.data.audit.image_statistics import measure_images, summarize
 from cellbench.data.dataset import SPLITS, Dataset, Sample, interpret_masks
 from cellbench.data.loading import dataset_of_card, scan_dataset, split_dataset
@@ -47,14 +47,12 @@ def explore(options: ExploreOptions) -> int:
     card = registry.dataset(options.dataset or ("folder" if options.data is not None else "smears"))
     card, listing = scan_dataset(card, options.data, DataSpec(), unlabelled=True)
     listing.raise_first()
-    for line in listing.lines:
-        say(line)
+    say_lines(listing.lines)
     if listing.labelled:
         dataset, _ = split_dataset(card, listing, DataSpec())
         pool = [sample for part in SPLITS for sample in dataset.samples(part)]
         dataset = interpret_masks(dataset, pool).dataset
-        for note in dataset.notes:
-            say(note)
+        say_lines(dataset.notes)
     else:
         pool = [*listing.parts["train"]]
         dataset = replace(dataset_of_card(card, listing.root), classes=(), reading=listing.reading)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cellbench import startup
 from cellbench.config.options import GridOptions
-from cellbench.console import WIDE, Column, format_table, say
+from cellbench.console import WIDE, Column, format_table, say, say_lines
 from cellbench.execution.experiment_run import ExperimentPlan, plan_experiment, run_experiment
 from cellbench.execution.grid import describe_skipped, group_cohorts
 from cellbench.features.cache_admin import parse_cache
@@ -21,8 +21,7 @@ def grid(options: GridOptions) -> int:
     if options.dry_run:
         _estimate(plan)
         return 0
-    for line in relocate.fix_artifact_paths():
-        say(line)
+    say_lines(relocate.fix_artifact_paths())
     tracker = Tracker(plan.experiment.experiment)
     startup.freeze_imports()  # MLflow's
     outcome = run_experiment(plan, tracker, say)
@@ -77,8 +76,7 @@ def _estimate(plan: ExperimentPlan) -> None:
     ]
     if rows:
         say("\n".join(["", *format_table(columns, rows, room=WIDE if plan.options.wide else None), ""]))
-    for line in describe_skipped(skipped):
-        say(line)
+    say_lines(describe_skipped(skipped))
     load_text = describe_load(load.others_pct())
     say(
         f"in all about {format_duration(wall_s)}, up to {memory_mib / 1024:.1f} GiB of memory and {disk_mib:.0f} MiB of disk for results "

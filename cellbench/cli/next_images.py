@@ -9,7 +9,7 @@ from pathlib import Path
 from cellbench import startup
 from cellbench.config.options import NextOptions
 from cellbench.config.registry import Registry
-from cellbench.console import Column, format_table, progress_bar, say, warn
+from cellbench.console import Column, format_table, progress_bar, say, say_lines, warn
 from cellbench.data.dataset import SPLITS, Sample
 from cellbench.data.layouts import scan_folder
 from cellbench.data.scan import files_below
@@ -58,8 +58,7 @@ def next_images(options: NextOptions) -> int:
     ranked = rank_images(spreads, descriptors, found.training_features)
     if len(found.models) == 1:
         say("With one run there is no disagreement: images are ranked by their distance from the labelled ones alone.")
-    for line in _table(kept, ranked):
-        say(line)
+    say_lines(_table(kept, ranked))
     place = make_folder(options.out or Path("reports") / f"next-{options.data.absolute().name}") / "next.csv"
     write_atomic(place, _csv(kept, ranked))
     say(f"all {len(ranked)} images in this order: {place}")

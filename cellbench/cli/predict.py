@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cellbench.cli.runs import open_run
 from cellbench.config.options import PredictOptions
-from cellbench.console import say, warn
+from cellbench.console import say, say_lines, warn
 from cellbench.data.dataset import Sample
 from cellbench.data.io.images import image_size
 from cellbench.data.io.intensity import format_notes
@@ -50,8 +50,7 @@ def predict(options: PredictOptions) -> int:
     segmenter = open_run(options)
     if black_white is not None:
         segmenter.trained, lines = with_range(segmenter.trained, black_white)
-        for line in lines:
-            say(line)
+        say_lines(lines)
     separation = segmenter.trained.separation
     if options.min_cell_px is not None:
         separation = replace(separation, min_area_px=options.min_cell_px)
@@ -72,10 +71,8 @@ def predict(options: PredictOptions) -> int:
     todo = [target for target in targets if not target.done(formats_of(wanted, target))]
     done = f", {len(targets) - len(todo)} are done already" if len(todo) < len(targets) else ""
     say(f"{segmenter.trained.name}: {len(todo)} images on {segmenter.machine.name}{done}.")
-    for line in describe_pixel_sizes(sizes, len(targets), um_per_px, options.instances):
-        say(line)
-    for line in describe_magnification(sizes, segmenter.trained, um_per_px):
-        say(line)
+    say_lines(describe_pixel_sizes(sizes, len(targets), um_per_px, options.instances))
+    say_lines(describe_magnification(sizes, segmenter.trained, um_per_px))
     for reason, paths in names_by_reason(ignored).items():
         warn(f"ignored, {reason}: {first_names(paths)}")
     skipped = {target: error for target in todo if wanted.cells and (error := why_too_large(target)) is not None}
@@ -86,8 +83,7 @@ def predict(options: PredictOptions) -> int:
         skipped |= more
         for line in (*format_notes(notes), *describe_trust(known)):
             warn(line)
-        for line in describe_expected_dice(known):
-            say(line)
+        say_lines(describe_expected_dice(known))
     finally:  # also after Ctrl-C: the tables list all masks in the folder
         num_small = write_tables(out, {target.stem for target in skipped}, wanted, options.coco, segmenter.class_names, say)
     parts = [f"{out}: {len(targets) - len(skipped)} masks"]

@@ -9,7 +9,7 @@ from cellbench import startup
 from cellbench.config.options import InferenceOptions, PredictOptions
 from cellbench.config.registry import Registry
 from cellbench.config.trust import describe_code, require_trust
-from cellbench.console import say
+from cellbench.console import say_lines
 from cellbench.inference.export import CARDS
 from cellbench.inference.segmenter import Segmenter
 
@@ -22,8 +22,7 @@ def open_run(options: InferenceOptions, *, device: str | None = None) -> Segment
     if os.path.isdir(options.run):
         folder = Path(options.run) / CARDS
         require_trust(Registry(folder), folder, options.trust)
-    for line in describe_code(Registry(folder), folder):
-        say(line)
+    say_lines(describe_code(Registry(folder), folder))
     segmenter = Segmenter.load(
         options.run,
         weights=options.weights,
@@ -33,6 +32,5 @@ def open_run(options: InferenceOptions, *, device: str | None = None) -> Segment
         trust=options.trust,
         skip_empty=isinstance(options, PredictOptions) and options.skip_empty,
     )
-    for line in segmenter.trained.origin:
-        say(line)
+    say_lines(segmenter.trained.origin)
     return segmenter

@@ -7,7 +7,7 @@ import shlex
 from cellbench.cli.counts import log_counts
 from cellbench.config.options import ScoreOptions
 from cellbench.config.registry import Registry
-from cellbench.console import say
+from cellbench.console import say, say_lines
 from cellbench.data.count_truth import CountTruth
 from cellbench.data.loading import open_count_truth
 from cellbench.execution.external import check_name, count_masks, open_test_images, score_masks
@@ -31,10 +31,8 @@ def score(options: ScoreOptions) -> int:
     say(f"{name}: {options.masks} on the {num} test images{folds} of '{tracker.name}' ({tested.datasets[0].root}).")
     ids, rows = score_masks(name, options.masks, tested, tracker, registry, say)
     here = next(one for one in collect_runs([tracker]).sets if any(run.record.run_id in ids for model in one.models for run in model.runs))
-    for line in describe_external(here, name):
-        say(line)
-    for line in describe_counts(rows):
-        say(line)
+    say_lines(describe_external(here, name))
+    say_lines(describe_counts(rows))
     say(
         f"logged as '{name}' in the experiment '{tracker.name}'. `cellbench report {shlex.quote(tracker.name)}` shows it beside the models."
     )
@@ -45,11 +43,9 @@ def _score_counts(options: ScoreOptions, truth: CountTruth) -> int:
     """Compares the numbers of cells in the masks with true counts that come without masks."""
     name = check_name(options.name)
     say(f"{name}: counts of {options.masks} on {len(truth.samples)} images of {truth.root}.")
-    for line in truth.notes:
-        say(line)
+    say_lines(truth.notes)
     rows, notes, digest = count_masks(name, options.masks, truth)
-    for line in notes:
-        say(line)
+    say_lines(notes)
     tracker = Tracker(options.experiment or newest_experiment(whole=True) or "evaluations")
     log_counts(f"score: {name} on {truth.root.absolute().name}", rows, truth, [name, digest], tracker, {"model": name})
     return 0

@@ -14,7 +14,7 @@ import urllib.request
 import psutil
 
 from cellbench.config.options import UiOptions
-from cellbench.console import say
+from cellbench.console import say, say_lines
 from cellbench.errors import CellbenchError
 from cellbench.tracking import relocate, store_address, ui_view
 
@@ -30,8 +30,7 @@ def ui(options: UiOptions) -> int:
             f"MLFLOW_TRACKING_URI is the server {uri}: `grid` prints the address of its leaderboard there. `ui` serves the store of a folder."
         )
     store_address.require_store()
-    for line in relocate.fix_artifact_paths():
-        say(line)
+    say_lines(relocate.fix_artifact_paths())
     port = free_port(options.port)
     # `mlflow ui` does not read MLFLOW_TRACKING_URI, and only the literal "true" disables its telemetry.
     command = [

@@ -227,6 +227,11 @@ def pictures(name: str, dataset: Dataset, pixels: ImageCache, result: Evaluation
     return drawings
 
 
+def draw_pictures(folder: Path, name: str, dataset: Dataset, pixels: ImageCache, result: EvaluationResult) -> None:
+    """Draws and writes the pictures of an evaluated run, in this process."""
+    write_pictures(folder, {file: draw() for file, draw in pictures(name, dataset, pixels, result).items()})
+
+
 def write_pictures(folder: Path, drawn: Mapping[str, bytes]) -> None:
     """Writes PNGs by file name."""
     for name, png in drawn.items():

@@ -33,7 +33,7 @@ from cellbench.metrics import catalog
 from cellbench.metrics.calibration import Calibration, histogram
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.temporary import TemporaryFolder
-from cellbench.tracking.schema import ENSEMBLE, LIMIT, MEMBERS, RunRecord, RunState
+from cellbench.tracking.schema import ENSEMBLE, LIMIT, MEMBERS, NO_MODEL, RunRecord, RunState
 from cellbench.training.evaluator import CohortEvaluator
 from cellbench.training.model import SegmentationModel
 from cellbench.training.separation_tuning import choose_separations
@@ -116,15 +116,7 @@ class _Ensemble:
         names = ", ".join(one.name for one, _ in self.members)
         self.runner.say(f"{self.title}: {names}.")
         result = self._evaluated()
-        precision = self.members[0][0].precision
-        params: dict[str, object] = {
-            ENSEMBLE: self.name,
-            "backbone": "none",
-            "head": "none",
-            "baseline": "none",
-            "seed": 0,
-            "fold": self.fold,
-        }
+        params: dict[str, object] = {ENSEMBLE: self.name, **NO_MODEL, "fold": self.fold, "dataset": dataset.name}
         tags = {"cellbench.kind": ENSEMBLE, "model": self.name, "dataset": dataset.name, MEMBERS: names}
         if dataset.limited:
             tags[LIMIT] = str(self.runner.experiment.data.limit)
@@ -133,7 +125,7 @@ class _Ensemble:
             TemporaryFolder() as temporary,
         ):
             if known is None:
-                run.log({}, params={**params, "dataset": dataset.name, "precision": precision})
+                run.log({}, params={**params, "precision": self.members[0][0].precision})
                 run.log_input(dataset.name, dataset.digest, str(dataset.root), "testing")
             folder = Path(temporary)
             artifacts.write_scores(folder, self.fold, self.runner.experiment.data.folds, self.runner.datasets, result)
@@ -142,8 +134,7 @@ class _Ensemble:
                 {"name": record.name, "run_id": record.run_id, "val_dice": record.metrics["best/val_dice"]} for _, record in self.members
             ]
             (folder / MEMBERS_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-            drawings = artifacts.pictures(self.title, dataset, ImageCache(dataset, "test", 2**28), result)
-            artifacts.write_pictures(folder, {file: draw() for file, draw in drawings.items()})
+            artifacts.draw_pictures(folder, self.title, dataset, ImageCache(dataset, "test", 2**28), result)
             run.log_artifacts(folder)
             metrics = artifacts.final_metrics(dataset, result)
             run.end(

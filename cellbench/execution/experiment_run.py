@@ -29,8 +29,8 @@ from cellbench.execution.resources import Resources, check_options, prepare_cach
 from cellbench.execution.wanted_tests import describe_tests
 from cellbench.files import facts_digest
 from cellbench.hardware import Hardware
-from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request, write_report
+from cellbench.reporting.stored_records import RunRequest
 from cellbench.tracking.open_run import Run
 from cellbench.tracking.tracker import Tracker
 

@@ -32,7 +32,7 @@ from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.counts import count_metrics
 from cellbench.reporting.model_groups import TestSet
 from cellbench.temporary import TemporaryFolder
-from cellbench.tracking.schema import EXTERNAL, LIMIT
+from cellbench.tracking.schema import EXTERNAL, LIMIT, NO_MODEL
 from cellbench.tracking.tracker import Tracker
 from cellbench.training.evaluator import CohortEvaluator
 
@@ -139,19 +139,17 @@ def _log(name: str, where: Path, tested: TestImages, fold: int, result: Evaluati
     dataset = tested.datasets[fold]
     key = facts_digest([EXTERNAL, name, dataset.digest, tested.num_folds, digest, NUMERICS_VERSION])
     title = f"{name} · fold {fold}" if tested.num_folds else name
-    params: dict[str, object] = {EXTERNAL: name, "backbone": "none", "head": "none", "baseline": "none", "seed": 0, "fold": fold}
     tags = {"cellbench.kind": EXTERNAL, "model": name, "dataset": dataset.name} | ({LIMIT: tested.limit} if tested.limit else {})
     known = tracker.known(key).get(key)
     with tracker.run(title, key, known=known, tags=tags) as run, TemporaryFolder() as temporary:
         if known is None:
-            run.log({}, params={**params, "dataset": dataset.name})
+            run.log({}, params={EXTERNAL: name, **NO_MODEL, "fold": fold, "dataset": dataset.name})
             run.log_input(dataset.name, dataset.digest, str(dataset.root), "testing")
         folder = Path(temporary)
         artifacts.write_scores(folder, fold, tested.num_folds, tested.datasets, result)
         (folder / "masks.json").write_text(json.dumps({"folder": str(where.absolute()), "digest": digest}), encoding="utf-8")
         artifacts.write_counts(folder, result.evaluation.cells)
-        drawings = artifacts.pictures(title, dataset, ImageCache(dataset, "test", 2**28), result)
-        artifacts.write_pictures(folder, {file: draw() for file, draw in drawings.items()})
+        artifacts.draw_pictures(folder, title, dataset, ImageCache(dataset, "test", 2**28), result)
         run.log_artifacts(folder)
         metrics = artifacts.final_metrics(dataset, result) | count_metrics(result.evaluation.cells)
         run.log(metrics, tags=artifacts.run_tags(title, metrics, "", run.address("figures/worst.png")))

@@ -156,16 +156,15 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
         raise CellbenchError(
             f"'{stored.name}' is {stored.status or 'not a run of cellbench'}{why}, so it left no model. Name a finished run, or best."
         )
-    config, results = (
-        _text(tracker, stored, "config.toml"),
-        _record(ScoresRecord, stored, "per_image.json", _needed(tracker, stored, "per_image.json")),
-    )
+    config = _text(tracker, stored, "config.toml")
+    if (results := _read(ScoresRecord, tracker, stored, "per_image.json")) is None:
+        raise _missing(stored, "per_image.json")
     run = _run_of(config, registry)
-    prepared = tracker.artifact(stored, "preparation.json")
+    prepared = _read(PreparationRecord, tracker, stored, "preparation.json")
     if prepared is None and run.normalise != "none" and run.backbone is not None:
         raise CellbenchError(f"'{stored.name}' normalises stains, but its preparation.json is missing in MLflow. Run it again.")
-    separation = tracker.artifact(stored, "separation.json")
-    calibration = tracker.artifact(stored, CALIBRATION)
+    separation = _read(SeparationRecord, tracker, stored, "separation.json")
+    calibration = _read(CalibrationRecord, tracker, stored, CALIBRATION)
     data = tracker.artifact(stored, "head.safetensors")
     learns = run.baseline is None or registry.baseline(run.baseline).trained
     if data is None and learns:
@@ -175,14 +174,10 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
         name=stored.name,
         run=run,
         classes=results.classes,
-        preparation=Preparation(framing=Framing.of(run))
-        if prepared is None
-        else _record(PreparationRecord, stored, "preparation.json", prepared).preparation(),
+        preparation=prepared.preparation() if prepared is not None else Preparation(framing=Framing.of(run)),
         weights=load_tensors(data, stored.name) if data is not None else {},
-        separation=_record(SeparationRecord, stored, "separation.json", separation).separation() if separation is not None else CONNECTED,
-        calibration=_record(CalibrationRecord, stored, CALIBRATION, calibration).calibration()
-        if calibration is not None
-        else Calibration(),
+        separation=separation.separation() if separation is not None else CONNECTED,
+        calibration=calibration.calibration() if calibration is not None else Calibration(),
         training_features=read_training_features(tracker, stored),
         fingerprint=stored.fingerprint,
         backbone_digest=stored.tags.get(WEIGHTS, ""),
@@ -199,8 +194,8 @@ def open_run(tracker: Tracker, stored: RunRecord, registry: Registry, chosen: st
 
 def read_seen(tracker: Tracker, stored: RunRecord) -> dict[str, Any] | None:
     """The record of a run's training and validation images; None for a run of an older version. Raises CellbenchError where it is damaged."""
-    seen = tracker.artifact(stored, SEEN)
-    return _record(SeenRecord, stored, SEEN, seen).model_dump() if seen is not None else None
+    seen = _read(SeenRecord, tracker, stored, SEEN)
+    return seen.model_dump() if seen is not None else None
 
 
 def _data(stored: RunRecord, results: ScoresRecord, source: str) -> str:
@@ -232,21 +227,22 @@ def load_tensors(data: bytes, name: str) -> dict[str, Any]:
 
 
 def _text(tracker: Tracker, stored: RunRecord, name: str) -> str:
+    if (data := tracker.artifact(stored, name)) is None:
+        raise _missing(stored, name)
     try:
-        return _needed(tracker, stored, name).decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError:
         raise CellbenchError(f"'{stored.name}': its {name} is damaged. Run it again.") from None
 
 
-def _needed(tracker: Tracker, stored: RunRecord, name: str) -> bytes:
+def _missing(stored: RunRecord, name: str) -> CellbenchError:
+    return CellbenchError(f"'{stored.name}': its {name} is missing in MLflow, so it cannot be used. Run it again.")
+
+
+def _read(record: type[R], tracker: Tracker, stored: RunRecord, name: str) -> R | None:
+    """The record in a run's artifact; None without the artifact. Raises CellbenchError where it is damaged."""
     data = tracker.artifact(stored, name)
-    if data is None:
-        raise CellbenchError(f"'{stored.name}': its {name} is missing in MLflow, so it cannot be used. Run it again.")
-    return data
-
-
-def _record(record: type[R], stored: RunRecord, name: str, data: bytes) -> R:
-    return read_json(record, data, f"'{stored.name}': its {name} in MLflow")
+    return None if data is None else read_json(record, data, f"'{stored.name}': its {name} in MLflow")
 
 
 def _run_of(config: str, registry: Registry) -> RunSpec:

@@ -6,7 +6,6 @@ Models are compared only on the same test images. Each set of test images, ident
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,36 +14,14 @@ from cellbench.errors import CellbenchError, one_line
 from cellbench.reporting.grouping import group_models
 from cellbench.reporting.model_groups import FinishedRun, TestSet
 from cellbench.reporting.shift import read_further
-from cellbench.reporting.stored_records import odd_settings, read_request, read_scores
+from cellbench.reporting.stored_records import RunRequest, odd_settings, read_scores
 from cellbench.tracking.schema import COUNTED, DATA, EVALUATION, SHIFT_TESTS, TESTED, RunRecord
 from cellbench.tracking.tracker import Tracker
 
 REQUEST_FILE = "about.json"
-"""Artifact of the parent run with its :class:`RunRequest`."""
+"""Artifact of the parent run with its :class:`~cellbench.reporting.stored_records.RunRequest`."""
 EXAMPLE_FIGURES = ("worst", "median", "best", "scores", "curves")
 """Figures of a run that the report shows of the best model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRequest:
-    """The inputs of a grid or search: experiment, data, command and versions. Fields are empty if they were not recorded."""
-
-    question: str = ""
-    experiment: str = ""
-    """The experiment file with the command's options applied."""
-    command: str = ""
-    machine: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    dataset: Mapping[str, Any] = field(default_factory=dict)
-    """``name``, ``digest``, ``root``, ``classes``, ``images`` by split, ``notes``."""
-
-    @classmethod
-    def from_json(cls, data: bytes | None) -> RunRequest:
-        """The record; empty for no data, and for data that is no such record."""
-        with contextlib.suppress(ValueError):
-            if data is not None:
-                return cls(**read_request(data))
-        return cls()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,7 +41,7 @@ class ExperimentResults:
     """The parent run that recorded ``request``; if there is none, the most recently started one."""
     counted: tuple[RunRecord, ...] = ()
     """Evaluations of counts on images without masks."""
-    request: RunRequest = RunRequest()
+    request: RunRequest = field(default_factory=RunRequest)
     examples: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
     """PNGs of ``EXAMPLE_FIGURES`` of the runs that the report shows, by run id and name."""
 
@@ -163,7 +140,7 @@ def collect_report(
         digests = {run.per_image["dataset"] for model in results.sets[0].models for run in model.runs}
         for run in results.parents:
             found = RunRequest.from_json(read(run, REQUEST_FILE))
-            if found.dataset.get("digest") in digests:
+            if found.dataset.digest in digests:
                 request, parent = found, run
                 break
     examples = {

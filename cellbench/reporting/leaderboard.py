@@ -149,9 +149,7 @@ def format_row(row: LeaderboardRow, own: Iterable[Metric] = ()) -> dict[str, str
         cells[f"{name}: Dice/image"] = format_number(scores["dice"], 4)
         cells[f"{name}: 95 %"] = format_interval(scores["low"], scores["high"], scores["rough"])
         cells[f"{name}: AP50"] = format_number(scores["ap50"], 3)
-        cells[f"{name}: p vs best"] = (
-            "" if scores["p_to_best"] is None or math.isnan(scores["p_to_best"]) else format_p_cell(scores["p_to_best"])
-        )
+        cells[f"{name}: p vs best"] = format_p_cell(scores["p_to_best"])
     if row.lowest_dice is not None:
         cells["lowest Dice"] = format_number(row.lowest_dice, 4)
         cells["lowest at"] = row.lowest_at
@@ -201,9 +199,8 @@ def terminal_table(rows: Sequence[LeaderboardRow], own: Iterable[Metric] = (), *
 
 
 def _p_cell(row: LeaderboardRow, rows: Sequence[LeaderboardRow]) -> str:
-    if row.p_to_best is None:
-        return "best" if len(rows) > 1 and row.image_dice is not None and not math.isnan(row.image_dice) else ""
-    return "" if math.isnan(row.p_to_best) else format_p_cell(row.p_to_best)
+    is_best = row.p_to_best is None and len(rows) > 1 and row.image_dice is not None and not math.isnan(row.image_dice)
+    return "best" if is_best else format_p_cell(row.p_to_best)
 
 
 def outcome_rows(here: TestSet) -> list[dict[str, str]]:
@@ -252,6 +249,6 @@ def format_p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.{digits}f}"
 
 
-def format_p_cell(p: float) -> str:
-    """Formats p for a table cell: ``0.213``, ``< 0.001``."""
-    return format_p(p).removeprefix("p = ").removeprefix("p ")
+def format_p_cell(p: float | None) -> str:
+    """Formats p for a table cell: ``0.213``, ``< 0.001``; empty for None and NaN."""
+    return "" if p is None or math.isnan(p) else format_p(p).removeprefix("p = ").removeprefix("p ")

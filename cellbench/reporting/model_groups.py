@@ -167,7 +167,11 @@ class ModelGroup:
     @property
     def cell_confusions(self) -> list[np.ndarray]:
         """For each seed the classes of the cells of all test images, as :func:`cellbench.metrics.cell_classes.cell_confusion` counts them."""
-        return [np.sum([np.sum(run.per_image["cell_confusion"], axis=0) for run in runs], axis=0) for runs in self.by_seed]
+        return self._summed("cell_confusion")
+
+    def _summed(self, matrices: str) -> list[np.ndarray]:
+        """For each seed the sum of the matrices of all test images."""
+        return [np.sum([np.sum(run.per_image[matrices], axis=0) for run in runs], axis=0) for runs in self.by_seed]
 
     def num_predicted_images(self, name: str) -> float:
         """Test images in which a class is predicted, mean over seeds."""
@@ -191,8 +195,7 @@ class ModelGroup:
             return [run.record.metrics.get(f"test/{metric}", math.nan) for run in self.runs]
         if not self.has("confusion"):
             return [math.nan] * len(self.by_seed)
-        counts = [np.sum([np.sum(run.per_image["confusion"], axis=0) for run in runs], axis=0) for runs in self.by_seed]
-        return [pixel_scores(one).of(pooled_classes(one))[metric] for one in counts]
+        return [pixel_scores(one).of(pooled_classes(one))[metric] for one in self._summed("confusion")]
 
     def calibration(self, *, corrected: bool) -> dict[str, list[float]] | None:
         """Probabilities against observed shares over all runs, ``corrected`` by the temperature; None where a run has none."""

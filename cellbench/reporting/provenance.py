@@ -24,8 +24,8 @@ def data_facts(results: ExperimentResults) -> Facts:
             ("digest", first.digest),
             ("folds", f"{first.num_folds}; each image is tested once" if first.num_folds else ""),
             ("groups", f"{len(set(first.groups))} for {len(first.images)} test images" if first.groups is not None else ""),
-            ("read from", dataset.get("root", "")),
-            ("notes", "; ".join(dataset.get("notes", []))),
+            ("read from", dataset.root),
+            ("notes", "; ".join(dataset.notes)),
         ]
     )
 

@@ -46,24 +46,21 @@ def write_report_files(report: ReportData, folder: Path, drawing: BackgroundCall
             if there.exception() is None:  # else it is drawn, or fails, here
                 figure.take(there.result())
         for figure in report.figures():
-            (folder / "figures" / f"{figure.name}.png").write_bytes(figure.png)
+            (folder / "figures" / f"{figure.name}.png").write_bytes(figure.drawn.png)
         (folder / "report.html").write_text(to_html(report), encoding="utf-8")
     return folder / "report.html"
 
 
 def to_html(page: Page) -> str:
     """The whole page."""
-    return (
-        _templates()
-        .get_template("page.html.j2")
-        .render(
-            page=page,
-            max_rows=MAX_PAGE_ROWS,
-            without_empty=_without_empty_columns,
-            column_kinds=_column_kinds,
-            fold_class=_fold_class,
-            fold_widths=(*FOLD_WIDTHS_PX, 0),
-        )
+    template = _templates().get_template("page.html.j2")
+    return template.render(
+        page=page,
+        max_rows=MAX_PAGE_ROWS,
+        without_empty=_without_empty_columns,
+        column_kinds=_column_kinds,
+        fold_class=_fold_class,
+        fold_widths=(*FOLD_WIDTHS_PX, 0),
     )
 
 

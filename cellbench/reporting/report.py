@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cellbench.background import BackgroundCalls
+from cellbench.config.base import read_json
 from cellbench.config.loading import CHANGED
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import facts_digest, file_name
 from cellbench.metrics import catalog
 from cellbench.metrics.catalog import Metric
-from cellbench.reporting.collect import REQUEST_FILE, RunRequest, collect_report, collect_runs
+from cellbench.reporting.collect import REQUEST_FILE, ExperimentResults, collect_report, collect_runs
 from cellbench.reporting.leaderboard import LeaderboardRow, terminal_table, to_json
 from cellbench.reporting.model_groups import TestSet
+from cellbench.reporting.stored_records import RunRequest
 from cellbench.reporting.verdict import describe_ranking_rule
 from cellbench.temporary import TemporaryFolder
 from cellbench.tracking import model_registry, ui_view
@@ -52,7 +54,7 @@ def log_request(top: Run, text: str, dataset: Dataset, machine: str, command: st
     request = _request(text, dataset, machine, command or command_line())
     with TemporaryFolder() as name:
         (Path(name) / EXPERIMENT_FILE).write_text(text, encoding="utf-8")
-        (Path(name) / REQUEST_FILE).write_text(json.dumps(asdict(request), indent=1), encoding="utf-8")
+        (Path(name) / REQUEST_FILE).write_text(json.dumps(request.model_dump(), indent=1), encoding="utf-8")
         top.log_artifacts(Path(name))
     return request
 
@@ -60,21 +62,22 @@ def log_request(top: Run, text: str, dataset: Dataset, machine: str, command: st
 def _request(text: str, dataset: Dataset, machine: str, command: str) -> RunRequest:
     """Creates the request. The first comment line of the experiment is its question."""
     comments = (line for line in text.lstrip().splitlines() if line.startswith("#") and not line.startswith(CHANGED))
-    return RunRequest(
-        question=next(comments, "").lstrip("# ").rstrip(),
-        experiment=text,
-        command=command,
-        machine=machine,
-        versions={"python": platform.python_version(), **{name: _version(name) for name in VERSIONS}},
-        dataset={
+    facts = {
+        "question": next(comments, "").lstrip("# ").rstrip(),
+        "experiment": text,
+        "command": command,
+        "machine": machine,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS}},
+        "dataset": {
             "name": dataset.name,
             "digest": dataset.digest,
             "root": str(dataset.root),
-            "classes": list(dataset.classes),
+            "classes": dataset.classes,
             "images": {split: len(dataset.samples(split)) for split in ("train", "val", "test")},
-            "notes": list(dataset.notes),
+            "notes": dataset.notes,
         },
-    )
+    }
+    return read_json(RunRequest, json.dumps(facts).encode(), REQUEST_FILE)  # names of files need not be UTF-8
 
 
 def _version(name: str) -> str:
@@ -143,7 +146,8 @@ def write_report(
         )
         return
     if (summary := _stored_summary(tracker, top, key)) is None:
-        summary = _draw_report(tracker, top, only, request, splits, skipped, failed, drawing)
+        results = replace(collect_report([tracker], only=only, request=request), skipped=skipped, failed=failed)
+        summary = _draw_report(top, results, splits, drawing)
     for line in ("", terminal_table(summary.rows, summary.metrics, wide=wide), "", *summary.verdict):
         say(line)
     # Model entries and the experiment's description refer to the test set that `report` and `best` use, including runs of earlier calls.
@@ -157,29 +161,18 @@ def write_report(
     top.log({}, tags={NOTE: note(top.address("figures/leaderboard.png")), REPORTED_RUNS: key})
 
 
-def _draw_report(
-    tracker: Tracker,
-    top: Run,
-    only: Collection[str],
-    request: RunRequest,
-    splits: Mapping[str, Sequence[str]],
-    skipped: Mapping[str, str],
-    failed: Mapping[str, str],
-    drawing: BackgroundCalls | None,
-) -> Summary:
+def _draw_report(top: Run, results: ExperimentResults, splits: Mapping[str, Sequence[str]], drawing: BackgroundCalls | None) -> Summary:
     from cellbench.reporting.render import write_report_files
     from cellbench.reporting.sections import build_report
 
-    results = replace(collect_report([tracker], only=only, request=request), skipped=skipped, failed=failed)
-    first = results.sets[0]
-    report = build_report(results)
+    first, report = results.sets[0], build_report(results)
     summary = Summary(
         leaderboard=to_json(report.leaderboard),
         verdict=report.verdict,
         data=first.description,
         digest=first.digest,
-        skipped=dict(skipped),
-        failed=dict(failed),
+        skipped=dict(results.skipped),
+        failed=dict(results.failed),
         own_metrics=catalog.to_record(first.own_metrics),
     )
     with TemporaryFolder() as name:
@@ -196,10 +189,9 @@ def _key(only: Collection[str], request: RunRequest, skipped: Mapping[str, str],
 
     Excludes the command and the notes on reading the data, which differ between the first call (writes a split) and the next (reads it).
     """
-    asked = replace(request, command="", dataset={**request.dataset, "notes": []})
+    asked = request.model_dump(exclude={"command": True, "dataset": {"notes"}})
     layout = [field.name for field in fields(LeaderboardRow)]  # a summary of an older version cannot be read
-    facts = [sorted(only), asdict(asked), skipped, failed, layout]
-    return f"{len(only)}-{facts_digest(facts)}"
+    return f"{len(only)}-{facts_digest([sorted(only), asked, skipped, failed, layout])}"
 
 
 def _stored_summary(tracker: Tracker, top: Run, key: str) -> Summary | None:

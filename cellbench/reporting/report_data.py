@@ -51,13 +51,8 @@ class Figure:
         function: Callable[..., Any] = getattr(importlib.import_module(f"cellbench.reporting.plots.{module}"), name)
         return function
 
-    @property
-    def png(self) -> bytes:
-        """For a file, with its caption inside."""
-        return self._drawn.png
-
     @cached_property
-    def _drawn(self) -> DrawnFigure:
+    def drawn(self) -> DrawnFigure:
         """All forms of the figure, laid out once for a page and once for a phone."""
         from cellbench.reporting.plots import style
 
@@ -80,18 +75,14 @@ class Figure:
         style.set_caption(other)  # the page shows it
         return min(svg, style.to_png(other, style.SHARP_DPI), key=len)
 
-    @property
-    def on_page(self) -> DrawnFigure:
-        return self._drawn
-
     def take(self, drawn: DrawnFigure) -> None:
         """Takes the figure as :func:`draw` has drawn it elsewhere."""
-        self.__dict__["_drawn"] = drawn
+        self.__dict__["drawn"] = drawn
 
 
 def draw(figure: Figure) -> DrawnFigure:
     """All forms of a figure: a function that another process can call."""
-    return figure.on_page
+    return figure.drawn
 
 
 LARGE_SVG_BYTES = 100_000

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
@@ -95,7 +96,7 @@ class FurtherScores(StrictModel):
 
 
 class DatasetFacts(StrictModel):
-    """What a request tells of its dataset."""
+    """The dataset of a grid or search."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -104,25 +105,30 @@ class DatasetFacts(StrictModel):
     root: str = ""
     classes: list[str] = Field(default_factory=list)
     images: dict[str, int] = Field(default_factory=dict)
+    """Their number by split."""
     notes: list[str] = Field(default_factory=list)
 
 
-class Request(StrictModel):
-    """A parent run's ``about.json``, of a :class:`~cellbench.reporting.collect.RunRequest`."""
+class RunRequest(StrictModel):
+    """The inputs of a grid or search, ``about.json`` of its parent run. Fields are empty if they were not recorded."""
 
     model_config = ConfigDict(extra="ignore")
 
     question: str = ""
     experiment: str = ""
+    """The experiment file with the command's options applied."""
     command: str = ""
     machine: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
     dataset: DatasetFacts = DatasetFacts()
 
-
-def read_request(data: bytes) -> dict[str, Any]:
-    """The fields of an ``about.json`` that it holds. Raises ValueError where it is damaged."""
-    return _checked(Request, data)[1].model_dump(exclude_unset=True)
+    @classmethod
+    def from_json(cls, data: bytes | None) -> RunRequest:
+        """The record; empty for no data, and for data that is no such record."""
+        with contextlib.suppress(ValueError):
+            if data is not None:
+                return _checked(cls, data)[1]
+        return cls()
 
 
 class Settings(StrictModel):

@@ -11,8 +11,8 @@ from cellbench.execution.grid import Executor, run_all
 from cellbench.execution.planning import resolve_tree
 from cellbench.execution.runner import Runner
 from cellbench.hardware import Hardware
-from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import write_report
+from cellbench.reporting.stored_records import RunRequest
 from cellbench.search.study import Study
 from cellbench.tracking.open_run import Run
 

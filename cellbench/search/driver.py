@@ -25,7 +25,7 @@ from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.config.search_space import Space
 from cellbench.config.trust import describe_code
-from cellbench.console import say
+from cellbench.console import say, say_lines
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import Dataset
 from cellbench.data.loading import open_folds, pool_folds
@@ -40,8 +40,8 @@ from cellbench.execution.worker_job import JobSpec, job_spec
 from cellbench.files import parse_toml
 from cellbench.hardware import Hardware
 from cellbench.metrics.catalog import search_objectives
-from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.report import log_request
+from cellbench.reporting.stored_records import RunRequest
 from cellbench.search import best_setting
 from cellbench.search import results as search_results
 from cellbench.search.study import DEFAULT, Study
@@ -118,16 +118,13 @@ def prepare(options: SearchOptions) -> SearchPlan:
     check_options(options, elsewhere=options.on is not None)
     prepare_cache()
     registry = Registry(options.registry)
-    for line in describe_code(registry, options.registry):
-        say(line)
+    say_lines(describe_code(registry, options.registry))
     space, text = read_space(options.file, options.all_changes, options.data, options.limit, registry, search_objectives(registry))
     resources = Resources.of(options, elsewhere=options.on is not None)  # after the file: it may measure the machine
     plan = plan_search(space, text, options.file, options.data, options.storage, resources)
-    for line in plan.dataset.notes:
-        say(line)
+    say_lines(plan.dataset.notes)
     quick_check.require_fit(plan.dataset, options.unfit, say, compares=False)
-    for line in relocate.fix_artifact_paths():
-        say(line)
+    say_lines(relocate.fix_artifact_paths())
     return plan
 
 
@@ -236,8 +233,7 @@ def _open(plan: SearchPlan, options: SearchOptions) -> Iterator[SearchSession]:
             f"{space.experiment}: {settings.trials} trials, {settings.trials - session.num_left} of them finished, in batches of {settings.batch}, "
             f"on {dataset.name} ({len(dataset.train)} training and {len(dataset.val)} validation images), on {resources.machine.name}."
         )
-        for sentence in search_results.sync_study(study, tracker):
-            say(sentence)
+        say_lines(search_results.sync_study(study, tracker))
         with parent.system_metrics():
             yield session
 

@@ -28,6 +28,8 @@ EXTERNAL = "external"
 """The kind of a run that scores the masks of another tool, and the param that holds its name. It stands beside trained runs and has no model."""
 ENSEMBLE, MEMBERS = "ensemble of models", "cellbench.members"
 """The kind of a run that is the mean of several models, and the param that holds its name; the tag with the names of its members. It has no model."""
+NO_MODEL: dict[str, object] = {"backbone": "none", "head": "none", "baseline": "none", "seed": 0}
+"""Params of those that have no model."""
 INDEPENDENT = "cellbench.independent"
 """Tag of an evaluation: whether none of its images was used in training, ``yes``, ``no`` or ``unknown``."""
 SEEN = "seen_images.json"

@@ -283,13 +283,21 @@ def _path(uri: str) -> str:
     return url2pathname(urlparse(uri).path) if uri.startswith("file:") else uri
 
 
+def open_experiments(names: Sequence[str], *, whole: bool = False) -> list[Tracker]:
+    """The experiments of these names, each once; without a name, the one with the newest finished run. Raises CellbenchError.
+
+    ``whole``: the newest of those that used all of their data, where there is one.
+    """
+    store_address.require_store()
+    names = list(dict.fromkeys(names)) or [newest for newest in [newest_experiment(whole=whole)] if newest]
+    if not names:
+        raise CellbenchError("no experiment in MLflow's store has a finished run. `cellbench grid --data DIR` makes some.")
+    return [Tracker(name, make=False) for name in names]
+
+
 def open_experiment(name: str | None) -> Tracker:
     """The experiment of this name, or the one with the newest finished run. Raises CellbenchError."""
-    store_address.require_store()
-    name = name or newest_experiment(whole=True)
-    if not name:
-        raise CellbenchError("no experiment in MLflow's store has a finished run. `cellbench grid --data DIR` makes some.")
-    return Tracker(name, make=False)
+    return open_experiments([name] if name else [], whole=True)[0]
 
 
 def _context_tags() -> dict[str, str]:

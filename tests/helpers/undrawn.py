@@ -41,7 +41,7 @@ class Undrawn:
 
 
 def unrendered(figure: Figure) -> DrawnFigure:
-    """In the place of Figure._drawn."""
+    """In the place of Figure.drawn."""
     from cellbench.reporting.plots.style import get_caption
     from cellbench.reporting.report_data import DrawnFigure
 

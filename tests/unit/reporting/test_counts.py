@@ -26,7 +26,7 @@ def test_the_figure_shows_the_best_models_that_have_counts(pictures) -> None:
     (table,) = [one for one in report.tables() if one.name == "counts"]
     assert [row[0] for row in table.rows] == ["uni · unetr"]
     (figure,) = [one for one in report.figures() if one.name == "counts"]
-    assert len(figure.png) > 1000
+    assert len(figure.drawn.png) > 1000
     assert len([axes for axes in figure.draw().axes if axes.get_title("left") == "uni · unetr"]) == 1
 
 

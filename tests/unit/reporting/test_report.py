@@ -23,7 +23,7 @@ from cellbench.errors import CellbenchError
 from cellbench.execution.artifacts import round_metric
 from cellbench.inference import run_lookup
 from cellbench.metrics import catalog
-from cellbench.reporting.collect import RunRequest, collect_runs
+from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.grouping import group_models
 from cellbench.reporting.leaderboard import LeaderboardRow, leaderboard_rows, terminal_table, to_json
 from cellbench.reporting.model_groups import FinishedRun, ModelGroup, TestSet
@@ -31,6 +31,7 @@ from cellbench.reporting.render import to_html
 from cellbench.reporting.report import REPORTED_RUNS, report_dir, write_report
 from cellbench.reporting.report_data import draw
 from cellbench.reporting.sections import build_report
+from cellbench.reporting.stored_records import RunRequest
 from cellbench.reporting.verdict import describe_absent_classes, describe_best
 from cellbench.run import main
 from cellbench.statistics.bootstrap import mean_interval

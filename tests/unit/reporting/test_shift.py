@@ -154,10 +154,10 @@ def test_the_report_has_a_figure_that_fits_a_phone_and_a_table_of_all_conditions
     here = test_set(run("fpn", 0.95, 0.6, 0.8), run("detail", 0.93, 0.8, 0.9))
     report = build_report(ExperimentResults(experiment="e", sets=(here,)))
     figure = next(one for one in report.figures() if one.name == "falls")
-    assert "lab2" not in figure.on_page.caption
-    assert Image.open(io.BytesIO(figure.png)).width > 1000
-    assert b"noise-3 (safest)" in figure.on_page.picture
-    assert figure.on_page.narrow
+    assert "lab2" not in figure.drawn.caption
+    assert Image.open(io.BytesIO(figure.drawn.png)).width > 1000
+    assert b"noise-3 (safest)" in figure.drawn.picture
+    assert figure.drawn.narrow
     table = next(one for one in report.tables() if one.name == "shift")
     assert len(table.rows) == 2 * 5
     (section,) = [one for one in report.sections if one.title == "How far does each model fall?"]

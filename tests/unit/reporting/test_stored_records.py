@@ -7,9 +7,8 @@ import json
 import pytest
 from finished_runs import per_image_scores
 
-from cellbench.reporting.collect import RunRequest
 from cellbench.reporting.shift import read_further
-from cellbench.reporting.stored_records import odd_settings, read_scores
+from cellbench.reporting.stored_records import RunRequest, odd_settings, read_scores
 
 GOOD = per_image_scores(0.9, 0, ("a.png", "b.png"))
 MATRIX = [[3, 1], [0, 4]]
