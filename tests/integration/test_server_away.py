@@ -38,23 +38,92 @@ def server(tmp_path_factory):
     one.stop()
 
 
-def test_a_grid_continues_while_the_server_is_unavailable_and_loses_nothing(tmp_path, monkeypatch, server, capsys):
+class _Proxy:
+    """Before a server: answers with ``status`` instead where it is set and the path holds ``on``; with 0 it ends the connection.
+
+    Stopped, its address is as that of a server that is stopped: nothing listens there.
+    """
+
+    def __init__(self, server: Server) -> None:
+        proxy, self.status, self.on = self, None, "mlflow-artifacts"
+
+        class Handler(BaseHTTPRequestHandler):
+            def _pass(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if proxy.status == 0 and proxy.on in self.path:
+                    self.close_connection = True
+                    return
+                if proxy.status is not None and proxy.on in self.path:
+                    code, data = proxy.status, b"no"
+                else:
+                    headers = {name: self.headers[name] for name in ("Content-Type", "Host") if name in self.headers}
+                    asked = urllib.request.Request(server.address + self.path, body or None, headers, method=self.command)
+                    try:
+                        with urllib.request.urlopen(asked, timeout=60) as answer:
+                            code, data = answer.status, answer.read()
+                    except urllib.error.HTTPError as error:
+                        code, data = error.code, error.read()
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass  # noqa: N815
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._port, self._handler = 0, Handler
+        self.start()
+        self.address = f"http://127.0.0.1:{self._port}"
+
+    def start(self) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), self._handler)
+        self._server.daemon_threads = True
+        self._port = self._server.server_address[1]
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def gateway(server, monkeypatch):
+    """The server's address for a test, which may stop and start it."""
+    one = _Proxy(server)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", one.address)
+    yield one
+    one.stop()
+
+
+@pytest.fixture
+def proxy(gateway, monkeypatch):
+    """The same for callers without patience."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("cellbench.tracking.client.PATIENCE_S", 0.2)
+    monkeypatch.setattr("cellbench.tracking.offline_queue.RETRY_S", 0.05)
+    monkeypatch.setattr("cellbench.tracking.client.RETRY_S", 0.05)
+    return gateway
+
+
+def test_a_grid_continues_while_the_server_is_unavailable_and_loses_nothing(tmp_path, monkeypatch, gateway, capsys):
     place(tmp_path / "alone", monkeypatch)
     assert main([*QUESTION, *FEW]) == 0
     alone, curves = finished_results(), _curves()
     place(tmp_path / "served", monkeypatch)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", gateway.address)
     monkeypatch.setattr("cellbench.tracking.offline_queue.RETRY_S", 0.5)
     queue = tmp_path / "served" / "cache" / "offline_queue"
 
     def interrupt() -> None:
-        while not mlflow.MlflowClient(server.address).search_runs(["1"], "metrics.`val/dice` >= 0"):
+        while not mlflow.MlflowClient(gateway.address).search_runs(["1"], "metrics.`val/dice` >= 0"):
             time.sleep(0.1)
-        server.stop()
+        gateway.stop()
         end = time.monotonic() + 300  # on a machine that others keep busy
-        while not list(queue.glob("*/*/calls.jsonl")) and time.monotonic() < end:
+        while sum(len(one.read_text().splitlines()) for one in queue.glob("*/*/calls.jsonl")) < 3 and time.monotonic() < end:
             time.sleep(0.1)
-        server.start()
+        gateway.start()
 
     thread = threading.Thread(target=interrupt)
     thread.start()
@@ -78,8 +147,7 @@ def _curves() -> dict[str, list[float]]:
     return {name: [one.value for one in sorted(history, key=lambda one: one.step)] for name, history in found.items()}
 
 
-def test_unsent_calls_of_a_killed_process_are_sent_by_the_next_one(tmp_path, monkeypatch, server):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+def test_unsent_calls_of_a_killed_process_are_sent_by_the_next_one(tmp_path, monkeypatch, gateway):
     monkeypatch.setenv("CELLBENCH_CACHE", str(tmp_path / "cache"))
     code = """
 import os, pathlib, sys
@@ -97,10 +165,10 @@ with Tracker("small").run("one", "f1") as run:
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"
-    server.stop()
+    gateway.stop()
     process.communicate("\n", timeout=120)
     assert process.returncode == 9
-    server.start()
+    gateway.start()
     (run,) = [run for run in Tracker("small", make=False).stored() if run.name == "one"]
     assert (run.status, run.params["seed"], run.metrics["val/dice"]) == ("finished", "3", 0.5)
     assert mlflow.MlflowClient().get_run(run.run_id).info.status == "FINISHED"
@@ -160,60 +228,6 @@ def _mlflow(uri: str, calls: object) -> SimpleNamespace:
 def test_temporary_errors_are_distinguished_from_rejected_calls(text, code, away):
     code = getattr(mlflow.protos.databricks_pb2, code)
     assert is_unavailable(mlflow.exceptions.MlflowException(text, error_code=code)) == away
-
-
-class _Proxy:
-    """Before a server: answers with ``status`` instead where it is set and the path holds ``on``; with 0 it ends the connection."""
-
-    def __init__(self, server: Server) -> None:
-        proxy, self.status, self.on = self, None, "mlflow-artifacts"
-
-        class Handler(BaseHTTPRequestHandler):
-            def _pass(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                if proxy.status == 0 and proxy.on in self.path:
-                    self.close_connection = True
-                    return
-                if proxy.status is not None and proxy.on in self.path:
-                    code, data = proxy.status, b"no"
-                else:
-                    headers = {name: self.headers[name] for name in ("Content-Type", "Host") if name in self.headers}
-                    asked = urllib.request.Request(server.address + self.path, body or None, headers, method=self.command)
-                    try:
-                        with urllib.request.urlopen(asked, timeout=60) as answer:
-                            code, data = answer.status, answer.read()
-                    except urllib.error.HTTPError as error:
-                        code, data = error.code, error.read()
-                self.send_response(code)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _pass  # noqa: N815
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-
-
-@pytest.fixture
-def proxy(server, monkeypatch):
-    one = _Proxy(server)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", one.address)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr("cellbench.tracking.client.PATIENCE_S", 0.2)
-    monkeypatch.setattr("cellbench.tracking.offline_queue.RETRY_S", 0.05)
-    monkeypatch.setattr("cellbench.tracking.client.RETRY_S", 0.05)
-    yield one
-    one.stop()
 
 
 def test_server_errors_are_never_taken_for_lost_data(proxy, tmp_path):
