@@ -7,10 +7,11 @@ number of cores, its rounding does not depend on what else runs.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -81,26 +82,24 @@ def prefetch(items: Iterable[T], num: int = 2) -> Generator[T, None, None]:
     made: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(maxsize=num)
     stop = threading.Event()
 
+    def put(item: T | None, error: BaseException | None = None, over: bool = False) -> bool:
+        while not stop.is_set():
+            try:
+                made.put((item, error, over), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
     def make() -> None:
         end: BaseException | None = None
         try:
             for item in items:
-                while not stop.is_set():
-                    try:
-                        made.put((item, None, False), timeout=0.1)
-                        break
-                    except queue.Full:
-                        continue
-                if stop.is_set():
+                if not put(item):
                     return
         except BaseException as error:  # raised again in the consumer
             end = error
-        while not stop.is_set():
-            try:
-                made.put((None, end, True), timeout=0.1)
-                return
-            except queue.Full:
-                continue
+        put(None, end, over=True)
 
     thread = threading.Thread(target=make, daemon=True)
     thread.start()
@@ -115,3 +114,21 @@ def prefetch(items: Iterable[T], num: int = 2) -> Generator[T, None, None]:
     finally:
         stop.set()
         thread.join()
+
+
+@contextlib.contextmanager
+def repeating(call: Callable[[], object], every_s: float, *, wait_s: float | None = None) -> Iterator[None]:
+    """Inside ``with`` a thread calls a function every ``every_s`` seconds. ``wait_s``: how long the end waits for a last call; None: until it returns."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(every_s):
+            call()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(wait_s)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 
 import psutil
 import torch
+
+from cellbench.parallel import repeating
 
 EVERY_S = 0.01
 
@@ -33,20 +34,14 @@ def watch_memory(device: torch.device | None = None) -> Iterator[PeakMemory]:
         yield peak
         peak.peak_mib = torch.cuda.max_memory_allocated(device) / 2**20
         return
-    process, over = psutil.Process(), threading.Event()
+    process = psutil.Process()
     peak = PeakMemory(process.memory_info().rss / 2**20)
 
     def sample() -> None:
-        while True:
-            peak.peak_mib = max(peak.peak_mib, process.memory_info().rss / 2**20)
-            if over.wait(EVERY_S):
-                return
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        over.set()
-        thread.join()
         peak.peak_mib = max(peak.peak_mib, process.memory_info().rss / 2**20)
+
+    try:
+        with repeating(sample, EVERY_S):
+            yield peak
+    finally:
+        sample()

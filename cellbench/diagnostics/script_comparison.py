@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ import torch
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup, store_in
 from cellbench.diagnostics.script_reference import BATCH_SIZE, ScriptSettings
 from cellbench.errors import CellbenchError
+from cellbench.parallel import repeating
 from cellbench.tracking.tracker import Tracker
 
 
@@ -119,21 +119,9 @@ def _timed(arguments: list[str], folder: Path, device: str) -> tuple[dict[str, f
 def _watch_gpu(device: str) -> Iterator[list[float]]:
     """The GPU's load in percent, five times a second during the block; nothing on a processor."""
     busy: list[float] = []
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.2):
-            busy.append(torch.cuda.utilization(torch.device(device)))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    if device.startswith("cuda"):
-        thread.start()
-    try:
+    watching = repeating(lambda: busy.append(torch.cuda.utilization(torch.device(device))), 0.2)
+    with watching if device.startswith("cuda") else contextlib.nullcontext():
         yield busy
-    finally:
-        over.set()
-        if thread.ident is not None:
-            thread.join()
 
 
 def _wait(process: subprocess.Popen[bytes]) -> tuple[float, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -29,6 +28,7 @@ from cellbench.console import warn
 from cellbench.errors import CellbenchError, SystemFault, one_line, redact_passwords
 from cellbench.files import os_errors_as
 from cellbench.liveness import is_alive, this_owner
+from cellbench.parallel import repeating
 from cellbench.search.samplers import sampler_and_pruner
 from cellbench.tracking.availability import PATIENCE_S, RETRY_S, AwayError, LockWait, is_locked, wait_for_database, wait_until_unlocked
 from cellbench.tracking.store_address import is_database_server, store_file
@@ -112,7 +112,6 @@ class Study:
                 pruner=pruner,
             )
             self._check(dict(request))
-        self._stop = threading.Event()
 
     # --- the storage --------------------------------------------------------------------------------------------------------------
 
@@ -177,13 +176,12 @@ class Study:
 
     def __enter__(self) -> Study:
         self._send_heartbeat()
-        self._thread = threading.Thread(target=self._heartbeat_loop, name="search-heartbeat", daemon=True)
-        self._thread.start()
+        self._beating = repeating(self._beat, BEAT_S, wait_s=5)
+        self._beating.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(5)
+        self._beating.__exit__(None, None, None)
 
     def _send_heartbeat(self) -> None:
         with self._storage_errors():
@@ -192,10 +190,9 @@ class Study:
             self._judge_after_s = max(self._judge_after_s, time.monotonic() + 2 * BEAT_S)
         self._beat_s = time.monotonic()
 
-    def _heartbeat_loop(self) -> None:
-        while not self._stop.wait(BEAT_S):
-            with contextlib.suppress(CellbenchError):  # the main thread raises the same error
-                self._send_heartbeat()
+    def _beat(self) -> None:
+        with contextlib.suppress(CellbenchError):  # the main thread raises the same error
+            self._send_heartbeat()
 
     def _is_dead(self, owner: str, trial: FrozenTrial, beats: Mapping[str, Any]) -> bool:
         if owner == self.owner:

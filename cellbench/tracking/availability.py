@@ -28,9 +28,9 @@ FIRST_S, RETRY_S = 3.0, 2.0
 """Time of the first attempt, after which the reason is said, and between further ones."""
 
 
-def connect(file: Path, timeout_s: float = 20.0) -> sqlite3.Connection:
-    """Opens an existing SQLite file, to read only where it may not be written to."""
-    return sqlite3.connect(f"{file.as_uri()}?mode={'rw' if writable(file) else 'ro'}", uri=True, timeout=timeout_s)
+def connect(file: Path, timeout_s: float = 20.0, *, read_only: bool = False) -> sqlite3.Connection:
+    """Opens an existing SQLite file, to read only also where it may not be written to."""
+    return sqlite3.connect(f"{file.as_uri()}?mode={'rw' if writable(file) and not read_only else 'ro'}", uri=True, timeout=timeout_s)
 
 
 def writable(file: Path) -> bool:

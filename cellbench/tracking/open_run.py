@@ -19,7 +19,7 @@ from cellbench.temporary import TemporaryFolder
 from cellbench.tracking import store_address
 from cellbench.tracking.client import ResilientClient
 from cellbench.tracking.offline_queue import TakenOverError
-from cellbench.tracking.schema import OWNER, REASON, STATUS, TERMINAL
+from cellbench.tracking.schema import HEARTBEAT, OWNER, REASON, STATUS, TERMINAL
 
 MAX_METRICS_PER_CALL = 800
 """MLflow accepts at most 1,000 metrics, params and tags per call."""
@@ -47,6 +47,13 @@ class Run:
         if owner != this_owner():
             raise TakenOverError(f"taken over by {describe_owner(owner)} after a long silence of this process")
         self.alive_s = time.time()
+
+    def beat(self) -> None:
+        """Writes a heartbeat."""
+        with contextlib.suppress(CellbenchError):  # a full or locked store stops the run where its scores are logged
+            self.require_ownership()
+            self.write((), tags={HEARTBEAT: str(time.time())})
+            self.alive_s = time.time()
 
     def buffer(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds metrics, such as those of an epoch, to the next :meth:`log`, since each commit costs milliseconds."""

@@ -12,11 +12,10 @@ import contextlib
 import re
 import sqlite3
 from pathlib import Path
-from urllib.parse import unquote, urlparse
 
 from cellbench.errors import CellbenchError
 from cellbench.tracking.availability import connect, is_locked, locked_error, wait_until_unlocked, writable
-from cellbench.tracking.store_address import store_file, store_uri
+from cellbench.tracking.store_address import local_path, store_file, store_uri
 from cellbench.tracking.store_lock import file_lock
 
 COLUMNS = (("experiments", "artifact_location"), ("runs", "artifact_uri"), ("logged_models", "artifact_location"))
@@ -61,13 +60,13 @@ def _fix(path: Path) -> list[str]:
         known, places = _places(connection)
         moves: dict[str, Path] = {}
         folders = sorted({folder for place in places if (folder := _folder(place))})
-        roots = {folder: Path(_local(_root(folder) or "")) for folder in folders}  # a folder may be written as a path and as a URI
+        roots = {folder: Path(local_path(_root(folder) or "")) for folder in folders}  # a folder may be written as a path and as a URI
         for old_root in dict.fromkeys(roots.values()):
             new_root = path.parent / old_root.name
             if old_root.resolve() == new_root.resolve():
                 continue
             new_paths = {
-                folder: (old := Path(_local(folder)), new_root / old.relative_to(old_root))
+                folder: (old := Path(local_path(folder)), new_root / old.relative_to(old_root))
                 for folder in folders
                 if roots[folder] == old_root
             }
@@ -114,11 +113,11 @@ def _original(old: Path, old_root: Path, path: Path) -> Path | None:
     if not old.is_dir() or not store.is_file() or store.samefile(path):
         return None
     try:
-        with contextlib.closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True, timeout=20)) as connection:
+        with contextlib.closing(connect(store, read_only=True)) as connection:
             _, places = _places(connection)
     except sqlite3.Error:
         return None
-    return store if any(folder and Path(_local(folder)) == old for folder in map(_folder, places)) else None
+    return store if any(folder and Path(local_path(folder)) == old for folder in map(_folder, places)) else None
 
 
 def _folder(place: str) -> str | None:
@@ -133,7 +132,3 @@ def _root(place: str) -> str | None:
         return None
     match = re.match(r"(.*/mlruns)(?:/|$)", place)
     return match[1] if match else None
-
-
-def _local(place: str) -> str:
-    return unquote(urlparse(place).path) if place.startswith("file:") else place

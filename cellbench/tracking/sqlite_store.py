@@ -172,7 +172,7 @@ def _without_waiting(connection: Any, _record: object) -> None:
 def _is_complete(file: Path) -> bool:
     """Whether its last step is done: the experiment *Default* exists."""
     try:
-        with contextlib.closing(sqlite3.connect(f"{file.as_uri()}?mode=ro", uri=True, timeout=20)) as store:
+        with contextlib.closing(connect(file, read_only=True)) as store:
             return bool(store.execute("SELECT 1 FROM experiments LIMIT 1").fetchall())
     except sqlite3.Error:
         return False

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlparse
+from urllib.request import url2pathname
 
 from cellbench.errors import CellbenchError
 
@@ -55,6 +56,11 @@ def file_part(uri: str) -> str:
     match = _SQLITE.fullmatch(uri)
     assert match is not None
     return match[2]
+
+
+def local_path(uri: str) -> str:
+    """The path of a ``file:`` URI, or of a plain path."""
+    return url2pathname(urlparse(uri).path) if uri.startswith("file:") else uri
 
 
 def absolute(uri: str) -> str:

@@ -11,11 +11,11 @@ import contextlib
 import os
 import random
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from cellbench.console import warn
 from cellbench.errors import CellbenchError, one_line
 from cellbench.files import text_digest
 from cellbench.liveness import is_alive, this_owner
+from cellbench.parallel import repeating
 from cellbench.tracking.availability import PATIENCE_S, open_connection
 from cellbench.tracking.offline_queue import AlreadyExistsError, CallRejectedError, NotFoundError
 from cellbench.tracking.store_address import is_database_server, store_file
@@ -98,13 +99,10 @@ def _server_lock(client: Any, scope: str) -> Iterator[None]:
     if not _acquire(client, name, token, scope):
         yield
         return
-    over = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(client, name, over), daemon=True, name="lock")
-    renewing.start()
     try:
-        yield
+        with repeating(partial(_renew, client, name), LEASE_S / 4, wait_s=0):
+            yield
     finally:
-        over.set()
         with contextlib.suppress(CellbenchError):  # else its lease ends
             if client.get_registered_model(name).tags.get("token") == token:
                 client.delete_registered_model(name)
@@ -135,9 +133,6 @@ def _acquire(client: Any, name: str, token: str, scope: str) -> bool:
         time.sleep(random.uniform(0.05, 0.25))  # noqa: S311  not for secrets
 
 
-def _renew(client: Any, name: str, over: threading.Event) -> None:
-    number = 0
-    while not over.wait(LEASE_S / 4):
-        number += 1
-        with contextlib.suppress(CellbenchError):
-            client.set_registered_model_tag(name, "renewed", str(number))
+def _renew(client: Any, name: str) -> None:
+    with contextlib.suppress(CellbenchError):
+        client.set_registered_model_tag(name, "renewed", uuid.uuid4().hex)  # whoever waits sees that it changes

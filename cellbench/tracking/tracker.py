@@ -9,18 +9,16 @@ import contextlib
 import itertools
 import json
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 from cellbench.errors import CellbenchError, one_line, redact_passwords, unknown_name
 from cellbench.files import file_name, make_folder, os_errors_as, to_nfc
 from cellbench.liveness import HEARTBEAT_S, this_owner
+from cellbench.parallel import repeating
 from cellbench.temporary import TemporaryFolder
 from cellbench.tracking import sqlite_store, store_address, ui_view
 from cellbench.tracking.client import to_error
@@ -43,6 +41,7 @@ from cellbench.tracking.schema import (
     to_record,
 )
 from cellbench.tracking.store import newest_experiment, open_store, pages
+from cellbench.tracking.store_address import local_path
 from cellbench.tracking.store_lock import store_lock
 
 MAX_IDS_PER_SEARCH, MAX_SEARCHES = 200, 30
@@ -131,7 +130,7 @@ class Tracker:
         Raises CellbenchError if this cannot be determined: the server does not respond or denies access, or the file is not readable.
         """
         if run.artifact_uri.startswith(("file:", "/")):  # 40 times faster than through MLflow: 1,000 runs in 1 s
-            path = Path(_path(run.artifact_uri)) / name
+            path = Path(local_path(run.artifact_uri)) / name
             try:
                 with os_errors_as(f"reading {path}"):
                     return path.read_bytes()
@@ -234,7 +233,8 @@ class Tracker:
             self.client.log_batch(run_id, tags=[self.mlflow.entities.RunTag(k, v) for k, v in {**all_tags, REASON: ""}.items()])
         run = self._run(run_id)
         try:
-            with self._heartbeat(run):
+            # So that other machines do not take the run over during a long epoch.
+            with repeating(run.beat, HEARTBEAT_S, wait_s=0):
                 yield run
         except BaseException as error:
             # Ctrl-C, or SIGTERM turned into SystemExit: the next call resumes the run from its checkpoint.
@@ -258,29 +258,6 @@ class Tracker:
                 run.log({}, params=params)
             yield run
         self.flush()
-
-    @contextlib.contextmanager
-    def _heartbeat(self, run: Run) -> Iterator[None]:
-        """Sends heartbeats inside ``with``, so that other machines do not take the run over during a long epoch."""
-        over = threading.Event()
-
-        def beat() -> None:
-            while not over.wait(HEARTBEAT_S):
-                with contextlib.suppress(CellbenchError):  # a full or locked store stops the run where its scores are logged
-                    run.require_ownership()
-                    run.write((), tags={HEARTBEAT: str(time.time())})
-                    run.alive_s = time.time()
-
-        threading.Thread(target=beat, daemon=True, name="heartbeat").start()
-        try:
-            yield
-        finally:
-            over.set()
-
-
-def _path(uri: str) -> str:
-    """The path of a ``file:`` URI, or of a plain path."""
-    return url2pathname(urlparse(uri).path) if uri.startswith("file:") else uri
 
 
 def open_experiments(names: Sequence[str], *, whole: bool = False) -> list[Tracker]:
