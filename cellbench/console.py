@@ -10,7 +10,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from cellbench.escaping import readable, to_printable
@@ -79,11 +79,12 @@ def fold(text: str, columns: int) -> str:
 # --- tables ---------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Column:
     """A column of a table, and what becomes of it on a narrow terminal."""
 
     heading: str
+    _: KW_ONLY
     right: bool = False
     """Aligned to the right, for numbers."""
     optional: int = 0
@@ -94,10 +95,15 @@ class Column:
     """Text that continues on the next lines. Of the last column only."""
 
 
+def number_columns(*headings: str, optional: int = 0) -> list[Column]:
+    """Columns of numbers."""
+    return [Column(heading, right=True, optional=optional) for heading in headings]
+
+
 def format_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, room: int | None = None, headings: bool = True) -> list[str]:
     r"""The lines of a table of at most ``room`` columns of text, by default the width of the terminal.
 
-    >>> table = [Column(heading="name", cut=True), Column(heading="n", right=True), Column(heading="note", optional=1)]
+    >>> table = [Column("name", cut=True), Column("n", right=True), Column("note", optional=1)]
     >>> print("\n".join(format_table(table, [("a-long-name", "7", "x")], room=12)))
     name       n
     ------------

@@ -11,7 +11,7 @@ from cellbench.config.experiment import Experiment, cohorts, expand
 from cellbench.config.options import CacheOptions, ListOptions, ShowOptions
 from cellbench.config.registry import Registry, shipped
 from cellbench.config.search_space import Space
-from cellbench.console import Column, format_table, say
+from cellbench.console import Column, format_table, number_columns, say
 from cellbench.errors import CellbenchError, unknown_name
 from cellbench.files import parse_toml, read_text
 from cellbench.metrics.catalog import search_objectives
@@ -26,7 +26,7 @@ def list_components(options: ListOptions) -> int:
     kinds = [*KINDS, EXPERIMENTS]
     if options.kind is not None and options.kind not in kinds:
         raise unknown_name("kind", options.kind, kinds)
-    blocks, columns = [], [Column(heading="name"), Column(heading="what it is", folded=True)]
+    blocks, columns = [], [Column("name"), Column("what it is", folded=True)]
     for kind in kinds if options.kind is None else [options.kind]:
         lines = _experiments() if kind == EXPERIMENTS else {name: _brief(registry.card(kind, name)) for name in registry.names(kind)}
         heading = f"{kind}:" if lines else f"{kind}: none; --registry DIR adds your own"
@@ -111,14 +111,7 @@ def cache(options: CacheOptions) -> int:
     if not found:
         say(f"no features are cached in {features_dir()}. `grid --cache SIZE` keeps them for later calls.")
         return 0
-    columns = [
-        Column(heading="backbone"),
-        Column(heading="dataset", cut=True),
-        Column(heading="split"),
-        Column(heading="tiles", right=True),
-        Column(heading="MiB", right=True),
-        Column(heading="last used"),
-    ]
+    columns = [Column("backbone"), Column("dataset", cut=True), Column("split"), *number_columns("tiles", "MiB"), Column("last used")]
     rows = []
     for entry in found:
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))

@@ -14,7 +14,7 @@ from cellbench.config.loading import data_spec
 from cellbench.config.options import CheckOptions
 from cellbench.config.registry import Registry
 from cellbench.console import Column, format_table, say, sentence_width
-from cellbench.data.audit.checks import Finding, Severity
+from cellbench.data.audit.checks import Finding, Severity, severe_first
 from cellbench.data.audit.dataset_audit import Audit, audit, verdict
 from cellbench.data.audit.examples import Example, draw_examples, draw_fault, draw_samples
 from cellbench.data.audit.image_statistics import SampleFacts
@@ -71,7 +71,7 @@ def check_folder(
     found = audit((registry or Registry()).dataset(card), folder, spec or DataSpec())
     faults = judge(found.dataset, found.facts) if judge is not None else None
     if faults is not None and faults.found:
-        more = sorted([*found.findings, faults.finding], key=lambda finding: list(Severity).index(finding.severity))
+        more = severe_first([*found.findings, faults.finding])
         found = replace(found, findings=more, verdict=verdict(found.dataset.name, len(found.facts), more))
     for line in (*_lines(found), *(faults.lines() if faults is not None else ())):
         say(line)
@@ -94,7 +94,7 @@ def _plain(folder: Path) -> str:
 
 
 def _lines(found: Audit) -> list[str]:
-    columns, room = [Column(heading="name"), Column(heading="text", folded=True)], sentence_width()
+    columns, room = [Column("name"), Column("text", folded=True)], sentence_width()
     numbers = format_table(columns, [(f"  {name}", value) for name, value in found.numbers], room=room, headings=False)
     rows = []
     for finding in found.findings:

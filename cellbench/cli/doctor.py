@@ -18,7 +18,7 @@ from cellbench import startup
 from cellbench.config.cards import BackboneCard, Card, HeadCard
 from cellbench.config.options import DoctorOptions
 from cellbench.config.registry import Registry
-from cellbench.console import WIDE, Column, format_table, say
+from cellbench.console import WIDE, Column, format_table, number_columns, say
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown_name
 from cellbench.file_cache import FileFactCache, sha256
 from cellbench.files import compute_sha256
@@ -196,12 +196,12 @@ def _table(registry: Registry, folder: Path | None, deep: bool, wide: bool) -> i
 def _lines(rows: list[Row], wide: bool) -> list[str]:
     """The table, with an empty line between states. Of the last column only what need not be typed or opened is shortened."""
     columns = [
-        Column(heading="backbone"),
-        Column(heading="here and now"),
-        Column(heading="MiB", right=True),
-        Column(heading="licence", optional=1),
-        Column(heading="hash", optional=2),
-        Column(heading="file, or page to get it from", folded=True),
+        Column("backbone"),
+        Column("here and now"),
+        Column("MiB", right=True),
+        Column("licence", optional=1),
+        Column("hash", optional=2),
+        Column("file, or page to get it from", folded=True),
     ]
     cells: list[list[str]] = []
     for it, before in zip(rows, [None, *rows], strict=False):
@@ -275,12 +275,7 @@ def _head_costs(cards: list[HeadCard], device: str) -> None:
     startup.configure_threads(device)
     here = detect_hardware(device)
     found = sorted(((card.id, head_cost.head_cost(card, here)) for card in cards), key=lambda one: one[1].train_ms)
-    columns = [
-        Column(heading="head"),
-        Column(heading="parameters", right=True),
-        Column(heading="training, ms a tile", right=True),
-        Column(heading="scoring, ms a tile", right=True),
-    ]
+    columns = [Column("head"), *number_columns("parameters", "training, ms a tile", "scoring, ms a tile")]
     rows = [(name, f"{cost.params / 1e6:.2f} M", f"{cost.train_ms:.2f}", f"{cost.score_ms:.2f}") for name, cost in found]
     say("\n".join(format_table(columns, rows)))
     kind = "processor" if here.device.type == "cpu" else "wall"

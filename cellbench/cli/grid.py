@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cellbench import startup
 from cellbench.config.options import GridOptions
-from cellbench.console import WIDE, Column, format_table, say, say_lines
+from cellbench.console import WIDE, Column, format_table, number_columns, say, say_lines
 from cellbench.execution.experiment_run import ExperimentPlan, plan_experiment, run_experiment
 from cellbench.execution.grid import describe_skipped, group_cohorts
 from cellbench.features.cache_admin import parse_cache
@@ -63,16 +63,13 @@ def _estimate(plan: ExperimentPlan) -> None:
         rows.append([name, str(len(cohort)), *took, *tiles, heads, speed, cost.source])
         wall_s, memory_mib, disk_mib = wall_s + cost.wall_s, max(memory_mib, cost.memory_mib), disk_mib + cost.disk_mib
     columns = [
-        Column(heading="backbone or baseline", cut=True),
-        Column(heading="runs", right=True),
-        Column(heading="time", right=True),
-        Column(heading="memory", right=True, optional=1),
-        Column(heading="tiles", right=True, optional=2),
-        Column(heading="val", right=True, optional=2),
-        Column(heading="test", right=True, optional=2),
-        Column(heading="heads", optional=3),
-        Column(heading="tiles/s", right=True, optional=4),
-        Column(heading="features", optional=5),
+        Column("backbone or baseline", cut=True),
+        *number_columns("runs", "time"),
+        Column("memory", right=True, optional=1),
+        *number_columns("tiles", "val", "test", optional=2),
+        Column("heads", optional=3),
+        Column("tiles/s", right=True, optional=4),
+        Column("features", optional=5),
     ]
     if rows:
         say("\n".join(["", *format_table(columns, rows, room=WIDE if plan.options.wide else None), ""]))

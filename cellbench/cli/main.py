@@ -176,7 +176,7 @@ def _terminated(number: int, frame: object) -> NoReturn:
 
 def _say_first_steps() -> None:
     say(f"cellbench {__version__}: which backbone and head segment your cells best?\n")
-    columns = [Column(heading=""), Column(heading="", folded=True)]
+    columns = [Column(""), Column("", folded=True)]
     say("\n".join(format_table(columns, [(f"  cellbench {call}", text) for call, text in FIRST_STEPS.items()], headings=False)))
     say("\nTo try it: `cellbench grid` compares models on drawn smears, in two minutes.")
     say("All commands: `cellbench --help`. The options of one: `cellbench grid --help`.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from cellbench import startup
 from cellbench.config.options import NextOptions
 from cellbench.config.registry import Registry
-from cellbench.console import Column, format_table, progress_bar, say, say_lines, warn
+from cellbench.console import Column, format_table, number_columns, progress_bar, say, say_lines, warn
 from cellbench.data.dataset import SPLITS, Sample
 from cellbench.data.layouts import scan_folder
 from cellbench.data.scan import files_below
@@ -83,13 +83,7 @@ def find_unlabelled(folder: Path, registry: Registry) -> list[Sample]:
 
 
 def _table(samples: Sequence[Sample], ranked: Sequence[Ranked]) -> list[str]:
-    columns = [
-        Column(heading="", right=True),
-        Column(heading="image", cut=True),
-        Column(heading="score", right=True),
-        Column(heading="spread", right=True),
-        Column(heading="distance", right=True),
-    ]
+    columns = [*number_columns(""), Column("image", cut=True), *number_columns("score", "spread", "distance")]
     rows = [
         (str(k), samples[one.number].name, f"{one.score:.3f}", _number(one.spread), _number(one.distance))
         for k, one in enumerate(ranked[:SHOWN], 1)

@@ -44,7 +44,7 @@ class Finding:
 def services() -> int:
     """Prints one line per service. Returns exit code 0, or 1 if one does not work."""
     found = findings()
-    columns = [Column(heading="service"), Column(heading="state"), Column(heading="details", folded=True)]
+    columns = [Column("service"), Column("state"), Column("details", folded=True)]
     rows = [(one.service, "ok" if one.good else "WRONG", one.text) for one in found]
     say("\n".join(format_table(columns, rows, room=sentence_width(), headings=False)))
     return 0 if all(one.good for one in found) else 1

@@ -177,7 +177,7 @@ def table(found: ScalingResult) -> str:
         for p in found.duplicates
     ]
     by_runs, by_images, by_compared = (
-        format_table([Column(heading=heading, right=True) for heading in headings], rows)
+        format_table([Column(heading, right=True) for heading in headings], rows)
         for headings, rows in (
             (("runs", "wall s", "against one run", "s a run", "backbone s", "peak MiB"), runs),
             (("images", "wall s", "ms an image", "peak MiB"), images),

@@ -329,7 +329,7 @@ def checks_as_text(result: BenchmarkResult) -> str:
 
 def rows_as_text(rows: Sequence[tuple[str, float, str, str]]) -> list[str]:
     """Rows of measurements as lines, each ratio below what it is of."""
-    columns = [Column(heading="name", cut=True), Column(heading="value", right=True), Column(heading="unit")]
+    columns = [Column("name", cut=True), Column("value", right=True), Column("unit")]
     values = format_table(columns, [(name, _number(value), unit) for name, value, unit, _ in rows], headings=False)
     return [line for text, (*_, ratio) in zip(values, rows, strict=True) for line in (text, *([f"    {ratio}"] if ratio else []))]
 

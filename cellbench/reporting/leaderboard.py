@@ -174,7 +174,7 @@ def terminal_table(rows: Sequence[LeaderboardRow], own: Iterable[Metric] = (), *
     """
     cells = [{**format_row(row, own), "p vs best": _p_cell(row, rows)} for row in rows]
     if wide:
-        columns = [Column(heading=name, right=name != "model") for name in max(cells, key=len)]
+        columns = [Column(name, right=name != "model") for name in max(cells, key=len)]
         return "\n".join(format_table(columns, [[row.get(one.heading, "") for one in columns] for row in cells], room=WIDE))
     sets = list(dict.fromkeys(name for row in rows for name in row.further))
     for row, text in zip(rows, cells, strict=True):
@@ -184,15 +184,15 @@ def terminal_table(rows: Sequence[LeaderboardRow], own: Iterable[Metric] = (), *
         text["Dice"] = format_number(row.image_dice, 3)
         text["95 %"] = format_interval(row.low, row.high, row.rough).replace(" to ", "–").replace("≈ ", "≈")
     columns = [
-        Column(heading="model", cut=True),
-        Column(heading="Dice", right=True),
-        Column(heading="95 %", right=True, optional=1),
-        Column(heading="p vs best", right=True, optional=2),
-        *(Column(heading=name, right=True, optional=1) for name in sets),
-        Column(heading="lowest", right=True, optional=1),
-        Column(heading="AP50", right=True, optional=3),
-        Column(heading="image/s", right=True, optional=4),
-        Column(heading="train s", right=True, optional=5),
+        Column("model", cut=True),
+        Column("Dice", right=True),
+        Column("95 %", right=True, optional=1),
+        Column("p vs best", right=True, optional=2),
+        *(Column(name, right=True, optional=1) for name in sets),
+        Column("lowest", right=True, optional=1),
+        Column("AP50", right=True, optional=3),
+        Column("image/s", right=True, optional=4),
+        Column("train s", right=True, optional=5),
     ]
     columns = [one for one in columns if any(row.get(one.heading) for row in cells)]
     return "\n".join(format_table(columns, [[row[one.heading] for one in columns] for row in cells]))

@@ -10,10 +10,10 @@ import pytest
 from cellbench.console import Column, fold, format_table, progress_bar, say, silent, warn
 
 TABLE = [
-    Column(heading="model", cut=True),
-    Column(heading="Dice", right=True),
-    Column(heading="AP50", right=True, optional=1),
-    Column(heading="image/s", right=True, optional=2),
+    Column("model", cut=True),
+    Column("Dice", right=True),
+    Column("AP50", right=True, optional=1),
+    Column("image/s", right=True, optional=2),
 ]
 ROWS = [("vit-tiny-in1k · transposed-conv", "0.951", "0.81", "12.3"), ("otsu", "0.962", "0.84", "102")]
 
@@ -70,7 +70,7 @@ def test_names_are_shortened_only_where_no_column_is_left_to_drop():
 
 
 def test_the_last_column_continues_below_itself():
-    columns = [Column(heading="name"), Column(heading="what", folded=True)]
+    columns = [Column("name"), Column("what", folded=True)]
     text = "one two three four five six seven"
     assert format_table(columns, [("x", text)], room=30) == [
         "name  what",

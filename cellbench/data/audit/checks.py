@@ -58,8 +58,13 @@ def findings(facts: Sequence[SampleFacts], pairs: DuplicatePairs) -> list[Findin
     read = [f for f in facts if not f.error]
     fit = [f for f in read if f.size_px == f.mask_px]
     found = [*_file_findings(facts, read), *_value_findings(fit), *_mask_findings(fit), *_duplicate_findings(facts, pairs), *_outliers(fit)]
+    return severe_first([finding for finding in found if finding.images])
+
+
+def severe_first(found: Sequence[Finding]) -> list[Finding]:
+    """The findings by severity, those of one severity in the given order."""
     order = list(Severity)
-    return sorted((finding for finding in found if finding.images), key=lambda finding: order.index(finding.severity))
+    return sorted(found, key=lambda finding: order.index(finding.severity))
 
 
 def _of(kind: str, severity: Severity, message: str, facts: Sequence[SampleFacts], wrong: Callable[[SampleFacts], bool]) -> Finding:

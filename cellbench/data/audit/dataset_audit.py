@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from cellbench.config.cards import DatasetCard
 from cellbench.config.experiment import DataSpec
-from cellbench.console import progress_bar
 from cellbench.data.audit import near_duplicates
-from cellbench.data.audit.checks import TOO_FEW, Finding, Severity, find_duplicates, findings, statistics, too_few
+from cellbench.data.audit.checks import TOO_FEW, Finding, Severity, find_duplicates, findings, severe_first, statistics, too_few
 from cellbench.data.audit.image_statistics import SampleFacts, measure_sample
 from cellbench.data.classes import describe_absent_classes, infer_owners, with_owners
 from cellbench.data.dataset import SPLITS, Dataset, Sample, interpret_masks
 from cellbench.data.loading import dataset_of_card, scan_dataset, split_dataset
+from cellbench.data.progress import map_files
 from cellbench.data.scan import Listing, UnusableImage
 from cellbench.errors import CellbenchError
 from cellbench.statistics.power import describe_detectable
@@ -53,7 +53,8 @@ def audit(card: DatasetCard, folder: Path, spec: DataSpec) -> Audit:
     dataset = with_owners(meaning.dataset, owners)
     notes = [*listing.notes, *listing.reading_notes, *meaning.dataset.notes, *parts_notes]
     as_read = dataset
-    facts = _read(dataset)
+    threads = min(8, os.cpu_count() or 1)
+    facts = map_files(partial(measure_sample, dataset, split="train"), samples, f"checking {dataset.name}", hide_below=0, threads=threads)
     for severity, message in ((Severity.SEVERE, meaning.ask), (Severity.LOOK, meaning.doubt)):
         if message:
             found.append(Finding(kind="meaning", severity=severity, message=f"{message[0].upper()}{message[1:]}.", images=("all masks",)))
@@ -75,7 +76,7 @@ def audit(card: DatasetCard, folder: Path, spec: DataSpec) -> Audit:
     sizes = {"test images": num_test} if 0 < num_test < len(facts) else {}
     notes.append(describe_detectable({**sizes, "images, all tested in folds": len(facts)}))
     found += [*too_few(len(facts)), *findings(facts, duplicates), *_absent(facts, dataset.classes), *_expected(card.expected, facts)]
-    found = sorted(found, key=lambda finding: list(Severity).index(finding.severity))
+    found = severe_first(found)
     return Audit(
         verdict=verdict(dataset.name, len(facts), found),
         numbers=[("layout", listing.layout), *statistics(facts, dataset.classes)],
@@ -114,15 +115,6 @@ def _scan_findings(listing: Listing) -> list[Finding]:
 
 def _key(sample: Sample) -> tuple[Path, Path, str]:
     return sample.image, sample.mask, sample.name
-
-
-def _read(dataset: Dataset) -> list[SampleFacts]:
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding and numpy free the interpreter's lock
-        jobs = [pool.submit(measure_sample, dataset, sample, "train") for sample in dataset.train]
-        try:
-            return [job.result() for job in progress_bar(jobs, desc=f"checking {dataset.name}", unit="image")]
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _absent(facts: Sequence[SampleFacts], classes: Sequence[str]) -> list[Finding]:

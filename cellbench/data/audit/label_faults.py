@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 from scipy import ndimage
 
-from cellbench.console import Column, format_table
+from cellbench.console import Column, format_table, number_columns
 from cellbench.data.audit.checks import Finding, Severity
 from cellbench.data.audit.image_statistics import Box
 from cellbench.data.dataset import Sample
@@ -325,24 +325,18 @@ class LabelFaults:
 
     def lines(self) -> list[str]:
         """The first faults as a table, and what was asked."""
-        columns = [
-            Column(heading="image", cut=True),
-            Column(heading="likely fault"),
-            Column(heading="x", right=True),
-            Column(heading="y", right=True),
-            Column(heading="score", right=True),
-            Column(heading="models", right=True),
-        ]
+        num = len(self.models)
+        columns = [Column("image", cut=True), Column("likely fault"), *number_columns("x", "y", "score", "models")]
         rows = [
             (
-                fault.image,
-                describe_fault(fault, self.classes),
-                f"{fault.x_px:.0f}",
-                f"{fault.y_px:.0f}",
-                f"{fault.score:.2f}",
-                f"{fault.num_models} of {len(self.models)}",
+                one.image,
+                describe_fault(one, self.classes),
+                f"{one.x_px:.0f}",
+                f"{one.y_px:.0f}",
+                f"{one.score:.2f}",
+                f"{one.num_models} of {num}",
             )
-            for _, fault in self.found[:SHOWN]
+            for _, one in self.found[:SHOWN]
         ]
         unseen = "; the models were trained or validated on the others" if self.num_judged < self.num_images else ""
         said = (

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import cv2
 import numpy as np
 
 from cellbench.data.audit.perceptual_hash import eight_orientations, mean_pool
+
+T = TypeVar("T")
 
 SIDE = 64
 MARGIN = 0.15
@@ -97,7 +100,7 @@ def check_placement(features: Sequence[PlacementFeatures], contrasts: Sequence[f
 
     Only images with some cells, and not full of them, count.
     """
-    usable = _sampled([k for k, one in enumerate(features) if 0.002 < float(one.mask.mean()) < 0.98 and len(one.basis)])
+    usable = runs_of_neighbours([k for k, one in enumerate(features) if 0.002 < float(one.mask.mean()) < 0.98 and len(one.basis)], MOST)
     num = len(usable)
     if num < FEWEST:
         return Placement(message="", wrong=(), most=False)
@@ -178,9 +181,10 @@ def _turned_fit(one: PlacementFeatures, way: int) -> float:
     return float(np.linalg.norm(one.basis @ _unit(eight_orientations(one.mask)[way]).astype(np.float32)))
 
 
-def _sampled(numbers: list[int]) -> list[int]:
-    if len(numbers) <= MOST:
-        return numbers
-    run = MOST // 8
-    starts = np.linspace(0, len(numbers) - run, 8).astype(int)
-    return sorted({numbers[k] for start in starts for k in range(start, start + run)})
+def runs_of_neighbours(items: list[T], most: int) -> list[T]:
+    """At most ``most`` of the items in their order: all, or eight runs of neighbours, which are alike where faults come in series."""
+    if len(items) <= most:
+        return items
+    run = most // 8
+    starts = np.linspace(0, len(items) - run, 8).astype(int)
+    return [items[k] for k in sorted({start + k for start in starts for k in range(run)})]

@@ -92,14 +92,10 @@ def connected_groups(num: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
     >>> connected_groups(5, [(1, 2), (2, 4)])
     [0, 1, 1, 3, 1]
     """
-    first = list(range(num))
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def root(k: int) -> int:
-        while first[k] != k:
-            first[k] = k = first[first[k]]
-        return k
-
-    for pair in pairs:
-        one, other = sorted(map(root, pair))
-        first[other] = one
-    return [root(k) for k in range(num)]
+    ends = np.array([*pairs], int).reshape(-1, 2).T
+    group = connected_components(coo_array((np.ones(ends.shape[1]), (ends[0], ends[1])), shape=(num, num)), directed=False)[1]
+    first: list[int] = np.unique(group, return_index=True)[1][group].tolist()
+    return first

@@ -17,6 +17,7 @@ import numpy as np
 
 from cellbench.data.audit.checks import TOO_FEW, DuplicatePairs, Finding, Severity, findings, too_few
 from cellbench.data.audit.image_statistics import measure_sample
+from cellbench.data.audit.mask_placement import runs_of_neighbours
 from cellbench.data.dataset import SPLITS, Dataset, Sample
 from cellbench.data.progress import map_files
 from cellbench.errors import CellbenchError, quote_name
@@ -71,13 +72,10 @@ def _faults(dataset: Dataset) -> list[str]:
 
 
 def _sampled(samples: list[Sample]) -> list[Sample]:
-    """As many as hold ``MOST_PX``, at least 12, in eight runs of neighbours."""
+    """As many as hold ``MOST_PX``, at least 12."""
     area_px = float(np.mean([height * width for height, width in (sample.size_px for sample in samples)])) or 1.0
     most = max(12, int(MOST_PX / area_px))
-    if len(samples) <= most:
-        return samples
-    starts = np.linspace(0, len(samples) - most // 8, 8).astype(int)
-    return [samples[k] for k in sorted({start + k for start in starts for k in range(most // 8)})]
+    return runs_of_neighbours(samples, most)
 
 
 def _leaks(dataset: Dataset) -> list[Finding]:
