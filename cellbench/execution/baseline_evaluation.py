@@ -15,12 +15,12 @@ from cellbench.execution.progress import Report
 from cellbench.hardware import peak_memory_mib
 from cellbench.metrics.catalog import Metric
 from cellbench.metrics.instances import MIN_AREA_PX
-from cellbench.metrics.pixel import confusion_matrix
 from cellbench.metrics.separation import NUMBERS, SeparationParams
 from cellbench.models.baselines.build import FoundClasses
 from cellbench.system_load import SystemLoad
 from cellbench.training import measured_cost
 from cellbench.training.evaluator import CohortEvaluator
+from cellbench.training.segmented_image import SegmentedImage
 from cellbench.training.separation_tuning import choose_separations
 
 
@@ -34,7 +34,7 @@ def evaluate_function(
         return function(image, num, **options)
 
     val, test, busy, wall_s, cpu_s = inputs.images["val"], inputs.images["test"], SystemLoad(), 0.0, 0.0
-    predictions = ((k, [(segment(val[k][0]).classes, None, None)]) for k in range(len(val)))
+    predictions = ((k, [SegmentedImage(classes=segment(val[k][0]).classes)]) for k in range(len(val)))
     if isinstance(resolved.card, BaselineCard) and resolved.card.package:
         least = MIN_AREA_PX if dataset.min_cell_px is None else dataset.min_cell_px
         separations = [SeparationParams(method=NUMBERS, min_area_px=least, owners=dataset.owners)]
@@ -47,7 +47,7 @@ def evaluate_function(
             start, start_cpu = time.perf_counter(), time.thread_time()
             found = segment(image)
             wall_s, cpu_s = wall_s + time.perf_counter() - start, cpu_s + time.thread_time() - start_cpu
-            evaluator.add_image(index, truth, [confusion_matrix(truth, found.classes, num)], [(found.classes, None, found.fields)])
+            evaluator.add_image(index, truth, [SegmentedImage(classes=found.classes, fields=found.fields)])
     speed = measured_cost.InferenceSpeed(wall_s=wall_s / len(test), cpu_s=cpu_s / len(test))
     if wall_s < measured_cost.MEASURED_S:
         speed = measured_cost.function_speed(segment, test)

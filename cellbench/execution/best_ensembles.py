@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,25 +31,16 @@ from cellbench.files import facts_digest
 from cellbench.hardware import is_out_of_memory, release_memory
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import Calibration, histogram
-from cellbench.metrics.pixel import confusion_matrix
 from cellbench.temporary import TemporaryFolder
 from cellbench.tracking.schema import ENSEMBLE, LIMIT, MEMBERS, NO_MODEL, RunRecord, RunState
 from cellbench.training.evaluator import CohortEvaluator
 from cellbench.training.model import SegmentationModel
+from cellbench.training.segmented_image import SegmentedImage
 from cellbench.training.separation_tuning import choose_separations
 from cellbench.training.tiled_inference import argmax_classes, segment_images, to_uint8
 
 MEMBERS_FILE = "members.json"
 """The artifact with names and ids of the members."""
-
-
-class Blend(NamedTuple):
-    """The mean prediction for one image."""
-
-    classes: np.ndarray
-    """(H, W) uint8."""
-    cell: np.ndarray
-    """(H, W) uint8: the probability of not being background, 0..255."""
 
 
 def evaluate_best_models(runner: Runner, runs: Sequence[ResolvedRun], out: Outcome) -> None:
@@ -161,28 +152,28 @@ class _Ensemble:
             )
 
     def _evaluated(self) -> EvaluationResult:
-        dataset, num = self.runner.datasets[self.fold], len(self.runner.datasets[self.fold].classes)
+        dataset = self.runner.datasets[self.fold]
         pixels = {split: ImageCache(dataset, split, 2**28) for split in ("val", "test")}
         histograms: list[np.ndarray] = []
 
-        def answers() -> Iterator[tuple[int, Sequence[tuple[np.ndarray, None, np.ndarray]]]]:
+        def answers() -> Answers:
             for image, one in self._blended("val"):
+                assert one.cell is not None
                 histograms.append(histogram(pixels["val"][image][1], one.cell))
-                yield image, [(one.classes, None, one.cell)]
+                yield image, [one]
 
         separations = choose_separations(dataset, ["watershed"], answers())  # fields of different targets have no mean
         own = catalog.own_metrics(self.runner.registry)
         with CohortEvaluator(dataset, 1, separations, own, calibrations=[Calibration.of(histograms)]) as evaluator:
             for image, one in self._blended("test"):
                 self.runner.report(image / len(dataset.test), "testing")
-                truth = pixels["test"][image][1]
-                evaluator.add_image(image, truth, [confusion_matrix(truth, one.classes, num)], [(one.classes, one.cell, None)])
+                evaluator.add_image(image, pixels["test"][image][1], [one])
         return EvaluationResult(evaluation=evaluator.evaluations[0], cost=_costs([record for _, record in self.members]))
 
     def _predict(self, images: ImageCache, coarse: bool) -> Answers:
-        return ((image, [(one.classes, one.cell, None)]) for image, one in self._blended("val" if coarse else "test", images))
+        return ((image, [one]) for image, one in self._blended("val" if coarse else "test", images))
 
-    def _blended(self, split: str, images: ImageCache | None = None) -> Iterator[tuple[int, Blend]]:
+    def _blended(self, split: str, images: ImageCache | None = None) -> Iterator[tuple[int, SegmentedImage]]:
         """The mean prediction for each image of a split, or for other ``images`` in its place."""
         streams = [
             segment_images([model], features if images is None else features.on(split, images), split, by_class=True)
@@ -196,7 +187,7 @@ class _Ensemble:
                 )
             mean_KHW = np.mean([one.foreground for one in found], axis=0, dtype=np.float32) / np.float32(255)
             mean = torch.from_numpy(mean_KHW)
-            yield image, Blend(argmax_classes(mean).numpy(), to_uint8(mean.sum(0)).numpy())
+            yield image, SegmentedImage(classes=argmax_classes(mean).numpy(), cell=to_uint8(mean.sum(0)).numpy())
 
     @cached_property
     def _opened(self) -> list[tuple[Features, SegmentationModel]]:

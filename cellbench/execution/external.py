@@ -27,7 +27,6 @@ from cellbench.files import facts_digest
 from cellbench.metrics import catalog
 from cellbench.metrics.counting import CountRow
 from cellbench.metrics.instances import MIN_AREA_PX, connected_instances, numbered_instances
-from cellbench.metrics.pixel import confusion_matrix
 from cellbench.reporting.collect import collect_runs
 from cellbench.reporting.counts import count_metrics
 from cellbench.reporting.model_groups import TestSet
@@ -35,6 +34,7 @@ from cellbench.temporary import TemporaryFolder
 from cellbench.tracking.schema import EXTERNAL, LIMIT, NO_MODEL
 from cellbench.tracking.tracker import Tracker
 from cellbench.training.evaluator import CohortEvaluator
+from cellbench.training.segmented_image import SegmentedImage
 
 Say = Callable[[str], None]
 
@@ -126,12 +126,11 @@ def count_masks(name: str, where: Path, truth: CountTruth) -> tuple[list[CountRo
 
 
 def _scored(dataset: Dataset, masks: ExternalMasks, registry: Registry) -> EvaluationResult:
-    num = len(dataset.classes)
     with CohortEvaluator(dataset, 1, own_metrics=catalog.own_metrics(registry), count_cells=True) as evaluator:
         for index, sample in enumerate(progress_bar(dataset.test, total=len(dataset.test), desc="scoring", unit="image")):
             truth, (classes, ids) = dataset.read_mask(sample), masks.read(sample)
             classes[classes == 255] = 0  # the tool left these pixels open
-            evaluator.add_image(index, truth, [confusion_matrix(truth, classes, num)], [(classes, None, None)], [ids])
+            evaluator.add_image(index, truth, [SegmentedImage(classes=classes)], [ids])
     return EvaluationResult(evaluation=evaluator.evaluations[0], cost={})
 
 

@@ -54,7 +54,7 @@ from cellbench.training.fit import fit
 from cellbench.training.measured_cost import inference_speeds, latencies_ms, load_metric, reset_timers, training_cost
 from cellbench.training.memory_check import why_frames_too_large
 from cellbench.training.model import build_model
-from cellbench.training.tiled_inference import score_images
+from cellbench.training.tiled_inference import segment_images
 from cellbench.training.trainer import HeadTrainer
 from cellbench.training.training_features import describe_training_images
 from cellbench.training.validation_tuning import score_validation, tune_on_validation
@@ -326,9 +326,9 @@ class Runner:
         not_finite: dict[int, str] = {}
         with CohortEvaluator(self.dataset, len(models), separations, self._own_metrics, calibrations=calibrations) as evaluator:
             self._owners += [(evaluation, one) for evaluation, (one, _) in zip(evaluator.evaluations, trained, strict=True)]
-            for image, counts, answers in score_images(models, features, "test"):
+            for image, answers in segment_images(models, features, "test"):
                 self._progress.update("testing", len(features.grid("test", image)))
-                evaluator.add_image(image, test[image][1], counts, [(a.classes, a.cell, a.fields) for a in answers])
+                evaluator.add_image(image, test[image][1], answers)
                 for k, answer in enumerate(answers):
                     if not answer.finite:
                         not_finite.setdefault(k, self.dataset.test[image].name)

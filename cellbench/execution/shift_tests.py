@@ -37,13 +37,14 @@ from cellbench.models.baselines.build import FoundClasses
 from cellbench.tracking.offline_queue import CallRejectedError
 from cellbench.tracking.schema import CALIBRATION, SHIFT_TESTS, TESTED, RunRecord
 from cellbench.tracking.tracker import Tracker
-from cellbench.training.evaluator import CohortEvaluator, Prediction
+from cellbench.training.evaluator import CohortEvaluator
 from cellbench.training.model import SegmentationModel, build_model
+from cellbench.training.segmented_image import SegmentedImage
 from cellbench.training.tiled_inference import segment_images
 
 T = TypeVar("T")
 
-Answers = Iterator[tuple[int, Sequence[Prediction]]]
+Answers = Iterator[tuple[int, Sequence[SegmentedImage]]]
 """The number of each image, and the predictions of all runs for it."""
 Predict = Callable[[ImageCache, bool], Answers]
 """Segments images with all runs; ``True``: with the tiles of validation, which overlap less."""
@@ -100,8 +101,7 @@ def predict_with_heads(runs: Sequence[FinishedRunToTest], features: Features, tr
 
     def predict(images: ImageCache, coarse: bool) -> Answers:
         split = "val" if coarse else "test"
-        for image, found in segment_images(models, features.on(split, images), split):
-            yield image, [(one.classes, one.cell, one.fields) for one in found]
+        yield from segment_images(models, features.on(split, images), split)
 
     return predict
 
@@ -111,7 +111,7 @@ def predict_with_function(method: Callable[..., FoundClasses], options: Mapping[
 
     def predict(images: ImageCache, coarse: bool) -> Answers:
         found = (method(images[k][0], num_classes, **options) for k in range(len(images)))
-        return ((k, [(one.classes, None, one.fields)]) for k, one in enumerate(found))
+        return ((k, [SegmentedImage(classes=one.classes, fields=one.fields)]) for k, one in enumerate(found))
 
     return predict
 
@@ -185,8 +185,7 @@ def _score_set(
     """The record of each run, as ``per_image.json`` has it for the main test set."""
     with CohortEvaluator(here, len(separations), separations, own_metrics, calibrations=calibrations) as evaluator:
         for image, predictions in answers:
-            truth = images[image][1]
-            evaluator.add_image(image, truth, [confusion_matrix(truth, one[0], len(here.classes)) for one in predictions], predictions)
+            evaluator.add_image(image, images[image][1], predictions)
     return [per_image_record(here, EvaluationResult(evaluation=one, cost={})) for one in evaluator.evaluations]
 
 
@@ -196,8 +195,8 @@ def _dice(dataset: Dataset, images: ImageCache, answers: Answers, num_runs: int)
     counts = np.zeros((num_runs, len(images), num, num), np.int64)
     for image, predictions in answers:
         truth = images[image][1]
-        for k, (classes, _, _) in enumerate(predictions):
-            counts[k, image] = confusion_matrix(truth, classes, num)
+        for k, one in enumerate(predictions):
+            counts[k, image] = confusion_matrix(truth, one.classes, num)
     return [per_image_scores(mine, unused=dataset.unused)["dice"] for mine in counts]
 
 

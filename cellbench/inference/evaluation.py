@@ -20,9 +20,9 @@ from cellbench.errors import CellbenchError
 from cellbench.inference.segmenter import Segmenter
 from cellbench.inference.trained_run import TrainedRun
 from cellbench.metrics.calibration import Calibration
-from cellbench.metrics.pixel import confusion_matrix
 from cellbench.system_load import SystemLoad
 from cellbench.training.evaluator import CohortEvaluator, ExamplePrediction, RunEvaluation
+from cellbench.training.segmented_image import SegmentedImage
 
 
 def open_test_images(trained: TrainedRun, experiment: Experiment, registry: Registry, folder: Path | None) -> tuple[Dataset, str]:
@@ -98,8 +98,7 @@ def evaluate_segmenter(segmenter: Segmenter, dataset: Dataset, num_worst: int) -
                 seconds, num_timed = seconds + time.perf_counter() - start, num_timed + 1
             notes += [(dataset.test[index].name, note) for note in found.notes]
             truth = dataset.read_mask(dataset.test[index])
-            counts = confusion_matrix(truth, found.classes, len(dataset.classes))
-            evaluator.add_image(index, truth, [counts], [(found.classes, found.probability, found.fields)])
+            evaluator.add_image(index, truth, [SegmentedImage(classes=found.classes, cell=found.probability, fields=found.fields)])
             start = time.perf_counter()  # excludes reading masks and scoring
     cost = {"cost/images_per_s": num_timed / max(seconds, 1e-9)}
     if (load_pct := load.others_pct()) is not None:

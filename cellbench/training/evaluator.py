@@ -28,16 +28,14 @@ from cellbench.metrics.counting import CountRow, PlacedCells, count_rows
 from cellbench.metrics.instance import COUNTS, CellOutcomes, CellPairs, InstanceScores, ReferenceMask, scores_of_pairs
 from cellbench.metrics.instances import reference_instances
 from cellbench.metrics.measurements import part_classes
-from cellbench.metrics.pixel import per_image_scores
+from cellbench.metrics.pixel import confusion_matrix, per_image_scores
 from cellbench.metrics.separation import CONNECTED, SeparationParams
+from cellbench.training.segmented_image import SegmentedImage
 
 BINS = 20
 """Bins of the reliability diagram."""
 CANDIDATES = 10
 """Number of predictions held until the median is known: this number nearest to it so far, and as many at random."""
-
-Prediction = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
-"""A class map and the probability of a cell, (H, W) uint8, and the fields (F, H, W) uint8; the last two are None if the method does not predict them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,17 +263,16 @@ class CohortEvaluator:
         self,
         image: int,
         truth: np.ndarray,
-        matrices: Sequence[np.ndarray],
-        answers: Sequence[Prediction],
+        predictions: Sequence[SegmentedImage],
         numbers: Sequence[np.ndarray | None] | None = None,
     ) -> None:
-        """Adds an image: its truth (H, W), and each run's confusion matrix and prediction. ``numbers``: cell numbers (H, W) that are predicted, too."""
+        """Adds an image: its truth (H, W), and each run's prediction. ``numbers``: cell numbers (H, W) that are predicted, too."""
         self._settle()  # one image at a time: hundreds of predictions would fill the memory
         prepared = self._pool.submit(self._truth, self._samples[image], truth)
         # In the pool's order the truth comes first, so no thread waits for one that cannot start.
         self._waiting = [
-            self._pool.submit(self._score, evaluation, image, truth, prepared, counts, *answer, ids)
-            for evaluation, counts, answer, ids in zip(self.evaluations, matrices, answers, numbers or [None] * len(answers), strict=True)
+            self._pool.submit(self._score, evaluation, image, truth, prepared, found, ids)
+            for evaluation, found, ids in zip(self.evaluations, predictions, numbers or [None] * len(predictions), strict=True)
         ]
 
     def _settle(self) -> None:
@@ -294,24 +291,22 @@ class CohortEvaluator:
         image: int,
         truth: np.ndarray,
         prepared: Future[ReferenceMask],
-        counts: np.ndarray,
-        classes: np.ndarray,
-        cell: np.ndarray | None,
-        fields: np.ndarray | None,
+        found: SegmentedImage,
         ids: np.ndarray | None,
     ) -> None:
-        reference = prepared.result()
+        reference, classes, cell, num_classes = prepared.result(), found.classes, found.cell, len(self._dataset.classes)
         with blaming(evaluation):
+            counts = confusion_matrix(truth, classes, num_classes)
             evaluation.matrices.append(counts)
             separation = evaluation.separation
             if ids is None:
-                cells, regions = separation.instances_and_regions(classes, fields, cell, reference.min_area_px)
+                cells, regions = separation.instances_and_regions(classes, found.fields, cell, reference.min_area_px)
             else:
                 cells, _ = reference_instances(classes, ids, reference.min_area_px, owners=self._dataset.owners)
                 regions = separation.connected(classes, reference.min_area_px)
             pairs = CellPairs.of(reference.cells, cells)
             evaluation.agreements.append(reference.agreement(classes, pairs))
-            if (num_classes := len(self._dataset.classes)) > 2:
+            if num_classes > 2:
                 parts = part_confusion(truth, classes, self._dataset.owners, num_classes, reference.min_area_px)
                 evaluation.cell_matrices.append(cell_confusion(pairs, num_classes) + parts)
             if self._count_cells:

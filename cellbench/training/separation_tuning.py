@@ -11,21 +11,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
-
 from cellbench.data.dataset import Dataset
 from cellbench.features.extractor import Features
 from cellbench.metrics.instances import MIN_AREA_PX, reference_instances
 from cellbench.metrics.separation import SeparationParams, SeparationTuner
 from cellbench.training.model import SegmentationModel
-from cellbench.training.tiled_inference import SegmentedImage, segment_images
+from cellbench.training.segmented_image import SegmentedImage
+from cellbench.training.tiled_inference import segment_images
 
 MOST_IMAGES = 16
 """Number of validation images used, the first ones: a few hundred cells suffice for one parameter with ten values."""
-
-Answer = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
-"""A class map (H, W) uint8, and where the model predicts them fields (F, H, W) uint8 and the probability of a cell (H, W) uint8."""
-
 
 Seen = Callable[[int, Sequence[SegmentedImage]], object]
 """Is called with each validation image's number and its predictions by all models."""
@@ -36,18 +31,20 @@ def tune_separation(
 ) -> list[SeparationParams]:
     """The separation with the best AP50 on the validation images, for each model. ``seen`` gets the same predictions."""
 
-    def answers() -> Iterator[tuple[int, Sequence[Answer]]]:
+    def answers() -> Iterator[tuple[int, Sequence[SegmentedImage]]]:
         for image, found in predictions:
             if seen is not None:
                 seen(image, found)
-            yield image, [(one.classes, one.fields, one.cell) for one in found]
+            yield image, found
 
     # Closed after enough images: the tiles of the others are never decoded.
     with contextlib.closing(segment_images(models, features, "val")) as predictions:
         return choose_separations(dataset, [model.method for model in models], answers())
 
 
-def choose_separations(dataset: Dataset, methods: Sequence[str], answers: Iterable[tuple[int, Sequence[Answer]]]) -> list[SeparationParams]:
+def choose_separations(
+    dataset: Dataset, methods: Sequence[str], answers: Iterable[tuple[int, Sequence[SegmentedImage]]]
+) -> list[SeparationParams]:
     """The same from pairs of a validation image's number and its predictions, in any order; ``methods``: how cells are found in each."""
     least = MIN_AREA_PX if dataset.min_cell_px is None else dataset.min_cell_px
     tunings = [SeparationTuner(least, owners=dataset.owners, method=method) for method in methods]
@@ -58,7 +55,10 @@ def choose_separations(dataset: Dataset, methods: Sequence[str], answers: Iterab
             truth, min_area_px = reference_instances(*dataset.read_truth(sample), dataset.min_cell_px, owners=dataset.owners)
             for job in jobs:  # in the order of images; meanwhile the next one is segmented
                 job.result()
-            jobs = [pool.submit(one.add, *answer, truth, min_area_px) for one, answer in zip(tunings, found, strict=True)]
+            jobs = [
+                pool.submit(tuning.add, one.classes, one.fields, one.cell, truth, min_area_px)
+                for tuning, one in zip(tunings, found, strict=True)
+            ]
         for job in jobs:
             job.result()
     return [one.best() for one in tunings]

@@ -10,8 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,27 +25,12 @@ from cellbench.metrics.edge_regions import small_edge_regions
 from cellbench.metrics.pixel import IGNORE, confusion_matrix
 from cellbench.parallel import WorkerPool
 from cellbench.training.model import SegmentationModel
+from cellbench.training.segmented_image import SegmentedImage
 from cellbench.training.test_time import inverse, turn_back, turned_batches
 
 ValidationCallback = Callable[[int, Tensor, Batch], None]
 GROUP_BYTES = 2**21
 """Of the predictions for one tile by all models that are joined together, at most: ten of two classes on 224 px. Large GPUs have 512 tiles at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SegmentedImage:
-    """One model's prediction for one image."""
-
-    classes: np.ndarray
-    """(H, W) uint8: the most probable class of each pixel."""
-    cell: np.ndarray
-    """(H, W) uint8: the probability of not being background, 0..255."""
-    fields: np.ndarray | None = None
-    """(F, H, W) uint8, 0..255: what the model predicts to find cells, if it learned a target for it (``cellbench.data.cell_targets``)."""
-    foreground: np.ndarray | None = None
-    """(K-1, H, W) uint8, 0..255: the probability of each class but the background, where it was asked for."""
-    finite: bool = True
-    """Whether all scores are finite. If not, the other fields are invalid."""
 
 
 def foreground_probabilities(logits_BKHW: Tensor) -> Tensor:
@@ -220,21 +204,12 @@ class _ImageStitcher:
         return out
 
 
-def score_images(
-    models: Sequence[SegmentationModel], features: Features, split: str
-) -> Iterator[tuple[int, list[np.ndarray], list[SegmentedImage]]]:
-    """For each image of a split: its number, each model's confusion matrix (K, K) and prediction."""
-    for image, answers in segment_images(models, features, split):
-        truth = features.pixels[split][image][1]
-        yield image, [confusion_matrix(truth, a.classes, m.num_classes) for a, m in zip(answers, models, strict=True)], answers
-
-
 def score_tiles(
     models: Sequence[SegmentationModel], features: Features, split: str, watch: ValidationCallback, pool: WorkerPool
 ) -> list[np.ndarray]:
     """Each model's confusion matrix (K, K) over all pixels of a split. Each pixel is scored once, from the tile with the nearest centre.
 
-    For validation, where seams do not matter: without blending it costs a third of :func:`score_images`. If the framing changes the
+    For validation, where seams do not matter: without blending it costs a third of :func:`segment_images`. If the framing changes the
     image size, scores are joined without blending and resized to the image, so that framings can be compared. ``watch`` is called
     with each model's number, logits and batch, in a thread of the ``pool``.
     """

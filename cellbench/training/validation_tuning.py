@@ -20,8 +20,9 @@ from cellbench.metrics.separation import SeparationParams
 from cellbench.training.adaptation import tune_edges, tune_shares
 from cellbench.training.evaluator import CohortEvaluator
 from cellbench.training.model import SegmentationModel
+from cellbench.training.segmented_image import SegmentedImage
 from cellbench.training.separation_tuning import tune_separation
-from cellbench.training.tiled_inference import SegmentedImage, score_images
+from cellbench.training.tiled_inference import segment_images
 
 
 def tune_on_validation(
@@ -35,6 +36,7 @@ def tune_on_validation(
     def count(image: int, found: Sequence[SegmentedImage]) -> None:
         truth = features.pixels["val"][image][1]
         for own, one in zip(histograms, found, strict=True):
+            assert one.cell is not None, "heads predict probabilities"
             own.append(histogram(truth, one.cell))
 
     separations = tune_separation(models, features, dataset, count)
@@ -53,7 +55,7 @@ def score_validation(
     if not metrics:
         return [{} for _ in models]
     with CohortEvaluator(dataset, len(models), tune_separation(models, features, dataset), metrics, "val") as evaluator:
-        for image, counts, answers in score_images(models, features, "val"):
-            evaluator.add_image(image, features.pixels["val"][image][1], counts, [(one.classes, one.cell, one.fields) for one in answers])
+        for image, answers in segment_images(models, features, "val"):
+            evaluator.add_image(image, features.pixels["val"][image][1], answers)
     found = [{metric.key: nan_mean(evaluation.per_image()[metric.key]) for metric in metrics} for evaluation in evaluator.evaluations]
     return [{key: value for key, value in scores.items() if not math.isnan(value)} for scores in found]

@@ -21,9 +21,11 @@ from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware
 from cellbench.inference.segmenter import Segmenter
 from cellbench.inference.trained_run import TrainedRun
+from cellbench.metrics.pixel import confusion_matrix
 from cellbench.models.backbones.build import open_backbone
 from cellbench.training.fit import fit
 from cellbench.training.model import build_model, num_levels
+from cellbench.training.tiled_inference import segment_images
 from cellbench.training.trainer import HeadTrainer
 
 REGISTRY = Registry()
@@ -106,3 +108,10 @@ def same(a: HeadTrainer, b: HeadTrainer) -> bool:
     """Whether two trainers have bit-identical history and weights."""
     weights_a, weights_b = a.model.state_dict(), b.model.state_dict()
     return a.history == b.history and all(torch.equal(weights_a[name], weights_b[name]) for name in weights_a)
+
+
+def score_images(models, features, split):
+    """For each image of a split: its number, each model's confusion matrix (K, K) and prediction."""
+    for image, found in segment_images(models, features, split):
+        truth = features.pixels[split][image][1]
+        yield image, [confusion_matrix(truth, one.classes, model.num_classes) for one, model in zip(found, models, strict=True)], found

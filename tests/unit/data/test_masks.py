@@ -27,7 +27,7 @@ from cellbench.metrics.pixel import IGNORE
 from cellbench.parallel import WorkerPool
 from cellbench.training.evaluator import CohortEvaluator
 from cellbench.training.fit import fit
-from cellbench.training.tiled_inference import score_images, score_tiles
+from cellbench.training.tiled_inference import score_tiles, segment_images
 
 SIDE = 120
 EXPERIMENT = Experiment.of({"experiment": "a", "dataset": "folder", "grid": {"backbone": ["filter-bank"], "head": ["bilinear"]}}, "here")
@@ -315,8 +315,8 @@ def test_training_validation_and_test_leave_ignored_pixels_out(tmp_path: Path, s
         counts = score_tiles([trainer.model], features, "val", lambda *_: None, pool)[0]
     assert counts.sum() == known["val"]
     with CohortEvaluator(data, 1) as evaluator:
-        for image, matrices, answers in score_images([trainer.model], features, "test"):
-            evaluator.add_image(image, features.pixels["test"][image][1], matrices, [(a.classes, a.cell, a.fields) for a in answers])
+        for image, answers in segment_images([trainer.model], features, "test"):
+            evaluator.add_image(image, features.pixels["test"][image][1], answers)
     evaluation = evaluator.evaluations[0]
     assert evaluation.counts.sum() == np.sum(evaluation.histograms) == known["test"]
     assert {one.num_true for one in evaluation.agreements} == {10}

@@ -18,10 +18,10 @@ from cellbench.data.io.images import thumbnail
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
 from cellbench.metrics.instance import ReferenceMask
-from cellbench.metrics.pixel import confusion_matrix
 from cellbench.metrics.separation import CONNECTED, SeparationParams
 from cellbench.reporting.grouping import group_models
 from cellbench.training.evaluator import CANDIDATES, CohortEvaluator, ExampleKeeper
+from cellbench.training.segmented_image import SegmentedImage
 
 
 def taken(dataset, answers, shorten=False, separation=CONNECTED):
@@ -30,7 +30,7 @@ def taken(dataset, answers, shorten=False, separation=CONNECTED):
         for k, sample in enumerate(dataset.test):
             truth = dataset.read_mask(sample)
             classes, cell = answers(truth)
-            evaluator.add_image(k, truth, [confusion_matrix(truth, classes, 2)], [(classes[:5] if shorten else classes, cell, None)])
+            evaluator.add_image(k, truth, [SegmentedImage(classes=classes[:5] if shorten else classes, cell=cell)])
     return evaluator.evaluations[0]
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cohorts import FP32, REGISTRY, dataset_of, features_of, fitted, run_of, segmenter_of, trainers_of
+from cohorts import FP32, REGISTRY, dataset_of, features_of, fitted, run_of, score_images, segmenter_of, trainers_of
 from PIL import Image
 from torch import nn
 from torch.nn import functional
@@ -20,7 +20,8 @@ from cellbench.metrics.pixel import pixel_scores, pooled_classes
 from cellbench.models.fused_norm import FusedBatchNorm, with_fused_norms
 from cellbench.training import adaptation, model
 from cellbench.training.fit import fit
-from cellbench.training.tiled_inference import SegmentedImage, score_images, segment_images
+from cellbench.training.segmented_image import SegmentedImage
+from cellbench.training.tiled_inference import segment_images
 from cellbench.training.validation_tuning import tune_on_validation
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from cohorts import FP32, Listener, baseline_of, dataset_of, features_of, fitted, run_of, same, trainers_of
+from cohorts import FP32, Listener, baseline_of, dataset_of, features_of, fitted, run_of, same, score_images, trainers_of
 from PIL import Image
 from small_data import write_set
 
@@ -21,7 +21,7 @@ from cellbench.parallel import WorkerPool
 from cellbench.reporting.plots import run as run_plots
 from cellbench.reporting.plots import style
 from cellbench.training.fit import fit
-from cellbench.training.tiled_inference import score_images, score_tiles
+from cellbench.training.tiled_inference import score_tiles
 from cellbench.training.trainer import HeadTrainer, MiniBatches, batch_sizes
 
 

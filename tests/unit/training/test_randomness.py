@@ -9,7 +9,7 @@ import parts
 import pytest
 import torch
 import torch.nn.functional as F
-from cohorts import FP32, Listener, baseline_of, dataset_of, features_of, fitted, run_of, same, trainers_of
+from cohorts import FP32, Listener, baseline_of, dataset_of, features_of, fitted, run_of, same, score_images, trainers_of
 from small_heads import one_a_builder
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from cellbench.hardware import Hardware
 from cellbench.training import randomness
 from cellbench.training.fit import fit
 from cellbench.training.randomness import ModelRandomness, SeededDraws
-from cellbench.training.tiled_inference import score_images
 from cellbench.training.trainer import HeadTrainer
 
 CPU = torch.device("cpu")

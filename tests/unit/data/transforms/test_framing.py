@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cohorts import dataset_of, features_of, fitted, run_of, same, trainers_of
+from cohorts import dataset_of, features_of, fitted, run_of, same, score_images, trainers_of
 from small_data import write_pair
 
 from cellbench.config.run import RunSpec
@@ -13,7 +13,7 @@ from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.data.transforms.tiling import Stitcher, cut_tile
 from cellbench.parallel import WorkerPool
-from cellbench.training.tiled_inference import score_images, score_tiles
+from cellbench.training.tiled_inference import score_tiles
 
 FRAMINGS = [
     ("tile", 0.5),
