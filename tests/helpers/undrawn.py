@@ -32,23 +32,38 @@ class Undrawn:
         from cellbench.reporting.report_data import draw
 
         done: Future[Any] = Future()
-        done.set_result(unrendered(*arguments) if function is draw else PIXEL)
+        done.set_result(self.figure(*arguments) if function is draw else PIXEL)
         return done
+
+    def figure(self, asked: Figure) -> DrawnFigure:
+        return unrendered(asked)
 
     def import_ahead(self, *modules: str) -> None: ...
 
     def close(self) -> None: ...
 
 
+class Unseen(Undrawn):
+    """Does not even lay a figure out, which imports matplotlib."""
+
+    def figure(self, asked: Figure) -> DrawnFigure:
+        return blank("")
+
+
+def blank(caption: str) -> DrawnFigure:
+    from cellbench.reporting.report_data import DrawnFigure
+
+    return DrawnFigure(picture=b"<svg xmlns='http://www.w3.org/2000/svg'/>", narrow=b"", png=PIXEL, caption=caption, width_px=1)
+
+
 def unrendered(figure: Figure) -> DrawnFigure:
     """In the place of Figure.drawn."""
     from cellbench.reporting.plots.style import get_caption
-    from cellbench.reporting.report_data import DrawnFigure
 
     caption = " ".join(part for part in (get_caption(figure.draw()), figure.note) if part)
     if "narrow" in inspect.signature(figure._function).parameters:
         figure.draw(narrow=True)
-    return DrawnFigure(picture=b"<svg xmlns='http://www.w3.org/2000/svg'/>", narrow=b"", png=PIXEL, caption=caption, width_px=1)
+    return blank(caption)
 
 
 def leave_undrawn(patch: pytest.MonkeyPatch) -> None:

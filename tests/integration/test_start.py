@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import undrawn
 from small_data import MODEL, QUESTION
 
 from cellbench.run import main
@@ -45,6 +46,10 @@ def imported(arguments: list[str], ruled_out: set[str]) -> str:
     """Which of these modules a command imports."""
     code = f"""
 import sys
+sys.path.append({str(Path(undrawn.__file__).parent)!r})
+from undrawn import Unseen  # in the place of the processes that draw, whose modules are not this one's
+from cellbench import background
+background.BackgroundCalls = Unseen
 from cellbench.run import main
 code = main({arguments})
 print("imported:", *sorted({ruled_out} & set(sys.modules)))

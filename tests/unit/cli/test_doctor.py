@@ -157,6 +157,12 @@ def test_a_card_that_cannot_be_read_is_one_line_and_exit_code_1(web: StandIn, tm
 # --- the self-test
 
 
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what else the self-test finds: it measures no speed, for seconds."""
+    monkeypatch.setattr(probe, "_speed", lambda frozen: (1, 1.0))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["filter-bank", "vit-tiny-random"])
 def test_a_backbone_without_weights_passes_its_self_test_and_gives_the_output_on_its_card(
@@ -171,7 +177,7 @@ def test_a_backbone_without_weights_passes_its_self_test_and_gives_the_output_on
 
 
 @pytest.mark.slow
-def test_the_real_vit_tiny_passes_its_self_test(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_real_vit_tiny_passes_its_self_test(shared: Path, unmeasured: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "vit-tiny-in1k", "--weights", str(shared / "weights"), "--device", "cpu"]) == 0
     output = capsys.readouterr().out
     assert VIT_TINY in output
@@ -188,7 +194,7 @@ def test_the_real_vit_tiny_passes_its_self_test(shared: Path, capsys: pytest.Cap
     ],
 )
 def test_a_backbone_that_is_not_what_its_card_says_fails(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: tuple[str, str], says: str
+    tmp_path: Path, unmeasured: None, capsys: pytest.CaptureFixture[str], changed: tuple[str, str], says: str
 ) -> None:
     text = (shipped("registry") / "backbones" / "vit-tiny-random.toml").read_text(encoding="utf-8")
     assert changed[0] in text
@@ -199,7 +205,9 @@ def test_a_backbone_that_is_not_what_its_card_says_fails(
 
 
 @pytest.mark.slow
-def test_a_backbone_without_a_known_output_is_given_one_to_put_on_its_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_backbone_without_a_known_output_is_given_one_to_put_on_its_card(
+    tmp_path: Path, unmeasured: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = parts.backbone(tmp_path)
     assert main(["doctor", "my-backbone", "--registry", str(folder), "--device", "cpu"]) == 0
     (numbers,) = re.findall(r"none on the card; here (\[.*\])", capsys.readouterr().out)
@@ -210,7 +218,9 @@ def test_a_backbone_without_a_known_output_is_given_one_to_put_on_its_card(tmp_p
 
 
 @pytest.mark.slow
-def test_missing_weights_are_one_line_with_the_remedy(web: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_weights_are_one_line_with_the_remedy(
+    web: StandIn, tmp_path: Path, unmeasured: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["doctor", "uni"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
