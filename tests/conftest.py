@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cellbench.tracking.tracker import Tracker
 
 startup.set_environment()  # as the command line does, before MLflow is imported
+startup.collect_rarely()  # importing all tests takes a quarter less
 
 MLFLOW = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME")
 SETTINGS = ("CELLBENCH_CACHE_URL", "CELLBENCH_WEIGHTS", "CELLBENCH_MAX_PIXELS", *MLFLOW)
