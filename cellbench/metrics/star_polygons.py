@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 from scipy import ndimage
 
-from cellbench.metrics.instances import Instances, numbered_instances
+from cellbench.metrics.instances import Instances, count_values, numbered_instances
 
 RAYS = 32
 _LOG2_LONGEST = 10
@@ -74,6 +74,7 @@ class StarPolygons:
         peaks = self._mask & (probability >= ndimage.maximum_filter(probability, 3)) & (fields[0] >= lowest * 255)
         at = np.flatnonzero(peaks)
         at = at[np.argsort(-probability.ravel()[at], kind="stable")]
+        at = at[_distinct(peaks, at, share_to_distance(np.median(fields[1:].reshape(RAYS, -1)[:, at], axis=0) / 255))]
         self._probability = fields[0].ravel()[at] / 255
         self._probability_map = probability
         distances = share_to_distance(fields[1:].reshape(RAYS, -1)[:, at].T / 255)
@@ -85,17 +86,37 @@ class StarPolygons:
         ids = np.zeros(self._classes.shape, np.int32)
         kept: list[_Polygon] = []
         for probability, one in zip(self._probability, self._polygons, strict=True):
+            part = ids[one.box]
             if probability >= min_probability and not any(
-                _overlap(one, kept[number - 1]) > max_overlap for number in np.unique(ids[one.box]) if number
+                _overlap(one, kept[number - 1]) > max_overlap for number in count_values(part, len(kept) + 1)[0] if number
             ):
                 kept.append(one)
-                part = ids[one.box]
                 part[one.mask & (part == 0)] = len(kept)
         ids[~self._mask] = 0
         from skimage.segmentation import watershed
 
         ids = watershed(-self._probability_map, ids, mask=self._mask).astype(np.int32)
         return numbered_instances(ids, self._classes, min_area_px)
+
+
+def _distinct(peaks: np.ndarray, at: np.ndarray, median_px: np.ndarray) -> np.ndarray:
+    """Which of the peaks ``at`` these positions are needed, (num,) bool.
+
+    Peaks that touch have the same probability, as in a cell that fills the image. Those within half the median ray of an earlier one of them
+    span the same cell, and are left out: each would be drawn and compared.
+    """
+    plateaus, num = ndimage.label(peaks, np.ones((3, 3)))
+    needed = np.ones(len(at), bool)
+    if num == len(at):
+        return needed
+    seen = np.zeros(peaks.shape, bool)
+    for k, (y, x, reach) in enumerate(zip(*np.divmod(at, peaks.shape[1]), (median_px / 2 / np.sqrt(2)).astype(int), strict=True)):
+        if seen[y, x]:
+            needed[k] = False
+            continue
+        box = slice(max(0, y - reach), y + reach + 1), slice(max(0, x - reach), x + reach + 1)
+        seen[box] |= plateaus[box] == plateaus[y, x]
+    return needed
 
 
 def _rasterised(corners: np.ndarray, shape: tuple[int, ...]) -> _Polygon:

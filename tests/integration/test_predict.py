@@ -21,7 +21,6 @@ from cellbench.config.registry import Registry
 from cellbench.errors import CellbenchError
 from cellbench.inference import writers
 from cellbench.inference.segmenter import Segmenter
-from cellbench.metrics.instances import Instances
 from cellbench.metrics.pixel import confusion_matrix
 from cellbench.run import main
 
@@ -300,14 +299,6 @@ def test_outlines_are_of_the_cells_that_are_counted(there: Path, tmp_path: Path)
     zoom = len(picture) // len(image)  # small images are drawn larger
     small = picture[zoom // 2 :: zoom, zoom // 2 :: zoom].astype(int)
     assert np.abs(small - image)[ids > 0].mean() > 3 * np.abs(small - image)[ids == 0].mean()
-
-
-def test_an_image_with_more_cells_than_16_bits_is_skipped(there: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    many = Instances(ids=np.zeros((120, 160), np.int32), areas_px=np.zeros(65537, int), classes=np.zeros(65537, np.uint8))
-    monkeypatch.setattr("cellbench.metrics.separation.SeparationParams.instances", lambda *_: many)
-    assert predict(MODEL, "smears/test/original/t0.png", "--out", tmp_path / "out", "--instances") == 1
-    assert "65536 cells" in capsys.readouterr().err
-    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_partial_files_of_a_live_process_stay_also_of_another_machine(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from cellbench.data.cell_targets.stars import Stars
 from cellbench.metrics.instances import Instances, numbered_instances
-from cellbench.metrics.star_polygons import RAYS, ray_directions, share_to_distance
+from cellbench.metrics.star_polygons import RAYS, StarPolygons, ray_directions, share_to_distance
 
 
 def disc(radius: float, scale: tuple[float, float] = (1, 1)) -> tuple[Instances, int, int]:
@@ -56,3 +56,17 @@ def test_the_loss_weighs_rays_by_the_probability_and_ignores_pixels_out_of_the_c
     kept = torch.zeros(1, 6, 8, dtype=torch.bool)
     kept[..., :4] = True
     assert stars.loss(logits, truth, kept).item() == pytest.approx(stars.loss(logits[..., :4], truth[:, :, :4], None).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+def test_where_all_pixels_are_as_probable_a_star_is_drawn_for_each_place_not_each_pixel(halves):
+    ids = np.ones((100, 120), np.int32)
+    ids[:, 60:] = halves
+    classes = np.ones(ids.shape, np.uint8)
+    fields = np.moveaxis(Stars().encode(numbered_instances(ids, classes), (1, 1)), -1, 0).copy()
+    fields[0] = 255
+    stars = StarPolygons(classes, fields)
+    assert len(stars._polygons) < 500  # of 12,000 pixels
+    found = stars.instances(10, min_probability=0.5, max_overlap=0.3)
+    assert found.num == halves
+    assert np.bincount(found.ids[:, :60].ravel()).max() > 0.95 * 6000
