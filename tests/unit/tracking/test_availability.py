@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -121,12 +122,11 @@ def test_nobody_is_accused_of_a_lock_that_another_machine_holds(tmp_path):
     ("version", "advice"),
     [("ffffffffffff", r"newer MLflow.*pip install --upgrade mlflow"), ("bd07f7e963c5", r"older MLflow.*mlflow db upgrade")],
 )
-def test_tables_of_another_mlflow_are_told_apart_by_age(store, version, advice):
-    with sqlite3.connect(store) as connection:
+def test_tables_of_another_mlflow_are_told_apart_by_age(store, tmp_path, monkeypatch, version, advice):
+    other = tmp_path / "other.db"  # which MLflow has not opened in this process
+    shutil.copy(store, other)
+    with sqlite3.connect(other) as connection:
         connection.execute("update alembic_version set version_num = ?", (version,))
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    SqlAlchemyStore._engine_map.clear()
-    code = "from cellbench.tracking.tracker import Tracker; Tracker('mine')"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert availability.re.search(advice, answer.stderr), answer.stderr[-500:]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{other}")
+    with pytest.raises(CellbenchError, match=advice):
+        Tracker("mine")

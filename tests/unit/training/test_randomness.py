@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cohorts import FP32, Listener, baseline_of, dataset_of, features_of, fitted, run_of, same, score_images, trainers_of
+from small_data import write_set
 from small_heads import one_a_builder
 from timm.layers import DropPath
 from torch import Tensor, nn
@@ -27,11 +28,13 @@ from cellbench.training.trainer import HeadTrainer
 CPU = torch.device("cpu")
 LANES = replace(FP32, lanes=3)
 QUICK = {"epochs": 2, "crops_per_image": 3}
+ONCE = {"epochs": 1, "crops_per_image": 1}
 
 
 @pytest.fixture
-def dataset(small_folder):
-    return dataset_of(small_folder)
+def dataset(tmp_path):
+    write_set(tmp_path, ["a0.png", "a1.png", "a2.png", "a3.png"], ["t0.png"])
+    return dataset_of(tmp_path / "smears")
 
 
 @pytest.fixture
@@ -94,7 +97,7 @@ def test_a_baseline_that_draws_is_repeatable(dataset):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "run",
-    [*(run_of(name, options=card.options, **QUICK) for name, card in one_a_builder().items()), run_of(unfreeze=1, **QUICK)],
+    [*(run_of(name, options=card.options, **ONCE) for name, card in one_a_builder().items()), run_of(unfreeze=1, **ONCE)],
     ids=lambda run: run.head,
 )
 def test_shipped_heads_draw_no_random_numbers_and_are_not_watched(dataset, run, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from cohorts import dataset_of, features_of, fitted, run_of, same
 from PIL import Image
 from skimage.color import hed2rgb, rgb2hed, rgb2lab
+from small_data import write_set
 
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms.augmentation import ReferenceStains, StainJitter
@@ -174,8 +175,9 @@ def test_a_normaliser_is_not_fitted_to_training_images_beyond_the_runs_fraction(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [{"hed": 0.2}, {"normalise": "background"}, {"normalise": "reinhard", "tile_scale": 0.5}], ids=str)
-def test_cached_features_equal_streamed_ones_and_cohorts_change_nothing(small_folder, way) -> None:
-    dataset = dataset_of(small_folder)
+def test_cached_features_equal_streamed_ones_and_cohorts_change_nothing(tmp_path, way) -> None:
+    write_set(tmp_path, ["a0.png", "a1.png", "a2.png", "a3.png"], ["t0.png"])
+    dataset = dataset_of(tmp_path / "smears")
     runs = [run_of("bilinear", epochs=2, repeat_views_every=1, **way), run_of("detail", epochs=2, repeat_views_every=1, **way)]
     streamed = fitted(dataset, runs, memory_bytes=0)
     assert same(streamed[1], fitted(dataset, runs[1:])[0])
