@@ -1,7 +1,8 @@
 """Exports backbone and head as one ONNX file and compares its output with torch.
 
 Input: ``pixels`` (B, 3, T, T) float32, RGB in 0..1, T the run's tile, any B. Output: ``probabilities`` (B, K, T, T) float32 of the classes,
-NaN where a score is not finite. What `predict` does before and after is left to the caller (:func:`left_to_caller`); batch norms adapt inside.
+NaN where a score is not finite; with a cell target also its ``fields`` (B, F, T, T) float32, 0..1. What `predict` does before and after is left to
+the caller (:func:`left_to_caller`); batch norms adapt inside.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cellbench.data.cell_targets.catalog import TARGETS
 from cellbench.data.io.intensity import IntensityScaling
 from cellbench.errors import CellbenchError, one_line
 from cellbench.features.extractor import Batch
@@ -27,7 +29,7 @@ from cellbench.inference.trained_run import TrainedRun
 from cellbench.training.tiled_inference import mark_non_finite
 
 TOLERANCE = 1e-3
-"""Largest difference of a probability between onnxruntime and torch."""
+"""Largest difference of a probability or field between onnxruntime and torch."""
 
 
 class _Network(nn.Module):
@@ -37,7 +39,7 @@ class _Network(nn.Module):
         self.backbone, self.model = segmenter.backbone.module, segmenter.model
         self._indices, self._unfreeze = segmenter.backbone.indices, segmenter.backbone.unfreeze
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         maps: dict[int, Tensor] = {}
         if self.backbone is not None:
             x = (pixels - self.backbone.mean) / self.backbone.std
@@ -48,7 +50,9 @@ class _Network(nn.Module):
                 found = self.backbone.maps(x, self._indices)
             maps |= dict(zip(self._indices, found, strict=True))
         logits: Tensor = self.model(Batch(maps, pixels, pixels))
-        return logits[:, : self.model.num_classes].softmax(1) + mark_non_finite(logits)
+        probabilities = logits[:, : self.model.num_classes].softmax(1) + mark_non_finite(logits)
+        target = self.model.cell_target
+        return (probabilities,) if target is None else (probabilities, target.fields(logits[:, self.model.num_classes :]))
 
 
 def write_onnx(path: Path, segmenter: Segmenter) -> float:
@@ -68,7 +72,9 @@ def write_onnx(path: Path, segmenter: Segmenter) -> float:
     side = segmenter.trained.preparation.framing.side_px
     pixels = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = {num: network(pixels[:num]).numpy() for num in (1, 3)}  # before: what a network keeps from the export has no values
+        expected = {
+            num: [out.numpy() for out in network(pixels[:num])] for num in (1, 3)
+        }  # before: what a network keeps from the export has no values
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
@@ -78,7 +84,7 @@ def write_onnx(path: Path, segmenter: Segmenter) -> float:
                 (pixels[:2],),
                 str(path),
                 input_names=["pixels"],
-                output_names=["probabilities"],
+                output_names=["probabilities", "fields"][: len(expected[1])],
                 dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1, max=1024)}},
                 dynamo=True,
                 external_data=False,
@@ -89,7 +95,8 @@ def write_onnx(path: Path, segmenter: Segmenter) -> float:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = 0.0
     for num, values in expected.items():
-        worst = max(worst, float(np.abs(session.run(None, {"pixels": pixels[:num].numpy()})[0] - values).max()))
+        for found, value in zip(session.run(None, {"pixels": pixels[:num].numpy()}), values, strict=True):
+            worst = max(worst, float(np.abs(found - value).max()))
     if not worst <= TOLERANCE:
         path.unlink()
         raise CellbenchError(f"--onnx: onnxruntime differs from torch by {worst:.2g}, more than {TOLERANCE:g}; the file is not kept.")
@@ -116,14 +123,20 @@ def left_to_caller(trained: TrainedRun) -> list[str]:
 
 def write_readme(path: Path, trained: TrainedRun) -> None:
     """Writes what a user of ``model.onnx`` has to know beside it."""
-    side, num = trained.preparation.framing.side_px, len(trained.classes)
+    side, num, target = trained.preparation.framing.side_px, len(trained.classes), TARGETS[trained.run.targets]
+    fields = (
+        ""
+        if target is None
+        else f"""
+- output `fields`: (B, {target.num_fields}, {side}, {side}) float32, 0..1, in which single cells are found: {target.fields_meaning}"""
+    )
     steps = "\n".join(f"{k}. {step}" for k, step in enumerate(left_to_caller(trained), 1))
     text = f"""# {trained.name}
 
 `cellbench predict THIS_FOLDER IMAGES --out DIR` does everything. `model.onnx` is the network alone:
 
 - input `pixels`: (B, 3, {side}, {side}) float32, RGB in 0..1, any B
-- output `probabilities`: (B, {num}, {side}, {side}) float32: {", ".join(trained.classes)}
+- output `probabilities`: (B, {num}, {side}, {side}) float32: {", ".join(trained.classes)}{fields}
 
 `predict` does more around the network, which is left to the caller of `model.onnx`:
 

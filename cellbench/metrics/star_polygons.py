@@ -18,7 +18,7 @@ from scipy import ndimage
 from cellbench.metrics.instances import Instances, count_values, numbered_instances
 
 RAYS = 32
-_LOG2_LONGEST = 10
+LOG2_LONGEST = 10
 """Of the longest ray that can be stored, 1,023 px."""
 
 
@@ -30,13 +30,13 @@ def ray_directions(num: int = RAYS) -> np.ndarray:
 
 def distance_to_share(distance_px: np.ndarray) -> np.ndarray:
     """Lengths of rays as numbers from 0 to 1, on a logarithmic scale."""
-    out: np.ndarray = np.clip(np.log2(1 + distance_px) / _LOG2_LONGEST, 0, 1)
+    out: np.ndarray = np.clip(np.log2(1 + distance_px) / LOG2_LONGEST, 0, 1)
     return out
 
 
 def share_to_distance(share: np.ndarray) -> np.ndarray:
     """The inverse of :func:`distance_to_share`."""
-    out: np.ndarray = np.exp2(share * _LOG2_LONGEST) - 1
+    out: np.ndarray = np.exp2(share * LOG2_LONGEST) - 1
     return out
 
 

@@ -98,6 +98,8 @@ class CellTarget(ABC):
     """F, the number of channels that are blended over tiles and given to the method that finds cells."""
     field_turns: ChannelTurns
     """Of these."""
+    fields_meaning: str
+    """What they are, for those who use an exported network."""
     method: str
     """How cells are found in the fields: a key of ``cellbench.metrics.separation.METHODS``."""
 

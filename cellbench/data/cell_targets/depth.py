@@ -27,6 +27,7 @@ class Depth(CellTarget):
     """The distance to the edge of the cell, and with ``border`` also the borders between cells."""
 
     num_fields, field_turns, method = 1, ChannelTurns.none(1), "watershed"
+    fields_meaning = "the depth of a pixel in its cell, 1 in the middle"
 
     def __init__(self, *, border: bool) -> None:
         self.channels = ("border", "distance") if border else ("distance",)

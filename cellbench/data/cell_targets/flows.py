@@ -46,6 +46,7 @@ class Flows(_Vectors):
     """Cellpose's flows."""
 
     method = "flows"
+    fields_meaning = "the direction to the centre of the cell, down and right, each as (component + 1) / 2"
 
     def vectors(self, cells: Instances) -> np.ndarray:
         """Unit vectors towards the centre of each pixel's cell."""
@@ -70,6 +71,7 @@ class CentreOffsets(_Vectors):
     """HoVer-Net's horizontal and vertical maps."""
 
     method = "hv"
+    fields_meaning = "the offset from the centre of the cell, down and right, each as (component + 1) / 2"
 
     def vectors(self, cells: Instances) -> np.ndarray:
         """Offsets from the centre of mass, divided by the largest one of the cell in the same direction."""

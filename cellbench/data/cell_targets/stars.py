@@ -14,7 +14,7 @@ from torch import Tensor
 from cellbench.data.cell_targets.base import CellTarget, ChannelTurns, as_share, stored, weighted_cross_entropy
 from cellbench.data.cell_targets.depth import edge_distance
 from cellbench.metrics.instances import Instances
-from cellbench.metrics.star_polygons import RAYS, distance_to_share, ray_directions
+from cellbench.metrics.star_polygons import LOG2_LONGEST, RAYS, distance_to_share, ray_directions
 
 
 class Stars(CellTarget):
@@ -24,6 +24,9 @@ class Stars(CellTarget):
     num_fields = 1 + RAYS
     turns = field_turns = ChannelTurns.of_rays(RAYS, 1)
     method = "stars"
+    fields_meaning = (
+        f"the probability of an object, and {RAYS} rays from right over down, each as log2(1 + px of the image) / {LOG2_LONGEST}"
+    )
 
     def encode(self, cells: Instances, scale: tuple[float, float]) -> np.ndarray:
         """The probability, and the rays in image pixels."""

@@ -27,6 +27,8 @@ ERROR_SHARES = {"found": 0.45, "false alarm": 0.85, "missed": 0.85}
 OUTCOME_COLOURS = {"found": LIME, "missed": (120, 170, 255), "split": YELLOW, "merged": ORANGE}
 EXTRA_COLOUR = RED
 TITLE_PX, CAPTION_PX, GAP_PX = 15, 13, 12
+WIDE = 2.5
+"""Images that are wider than so many times their height are shown one below the other."""
 SMALLEST_WIDTH_PX = 760
 """So that titles and captions fit above small images."""
 
@@ -50,7 +52,8 @@ def draw_example(
     :func:`cellbench.data.io.images.thumbnail` gives them, as the numbers of ``cells``. ``title``: one or more lines.
     """
     image, truth = thumbnail(image), thumbnail(truth)
-    zoom = max(1, SHOWN_PX // max(image.shape[:2]))
+    columns = 1 if image.shape[1] > WIDE * image.shape[0] else 2
+    zoom = max(1, 2 * SHOWN_PX // columns // max(image.shape[:2]))
     errors = error_overlay(image, truth, classes)
     image, truth, classes, errors = (np.repeat(np.repeat(x, zoom, 0), zoom, 1) for x in (image, truth, classes, errors))
     third: tuple[np.ndarray, str, Sequence[Key]]
@@ -67,7 +70,7 @@ def draw_example(
     ]
     # Unfiltered rows: half the time of Pillow's choice for each row, and no larger.
     how = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
-    return cv2.imencode(".png", _page(panels, title)[..., ::-1], how)[1].tobytes()
+    return cv2.imencode(".png", _page(panels, title, columns)[..., ::-1], how)[1].tobytes()
 
 
 def _outlines(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> list[tuple[np.ndarray, str, Sequence[Key]]]:
@@ -108,21 +111,22 @@ def error_overlay(image: np.ndarray, truth: np.ndarray, classes: np.ndarray) -> 
     return table[np.where(truth == IGNORE, 4, kind), image.mean(-1).astype(np.uint8)]
 
 
-def _page(panels: Sequence[tuple[np.ndarray, str, Sequence[Key]]], title: str) -> np.ndarray:
-    """Four panels of one size, two by two, each with its caption above it, below the title."""
+def _page(panels: Sequence[tuple[np.ndarray, str, Sequence[Key]]], title: str, columns: int) -> np.ndarray:
+    """Four panels of one size in one or two columns, each with its caption above it, below the title."""
     height, width = panels[0][0].shape[:2]
-    column = max(width, (SMALLEST_WIDTH_PX - GAP_PX) // 2)
+    column = max(width, (SMALLEST_WIDTH_PX - GAP_PX) // columns)
     bold, plain = _font(TITLE_PX), _font(CAPTION_PX)
-    lines = [part for line in title.splitlines() for part in _wrap(line, bold, 2 * column)]
+    lines = [part for line in title.splitlines() for part in _wrap(line, bold, columns * column)]
     top, line_px, caption_px = GAP_PX, round(1.4 * TITLE_PX), round(1.7 * CAPTION_PX)
     first = top + line_px * len(lines)
     row = caption_px + height + GAP_PX
-    page = Image.new("RGB", (2 * column + 3 * GAP_PX, first + 2 * row + GAP_PX), "white")
+    size = (columns * (column + GAP_PX) + GAP_PX, first + len(panels) // columns * row + GAP_PX)
+    page = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(page)
     for k, line in enumerate(lines):
         pen.text((GAP_PX, top + k * line_px), line, "black", bold)
     for k, (picture, caption, keys) in enumerate(panels):
-        x, y = GAP_PX + (k % 2) * (column + GAP_PX), first + (k // 2) * row
+        x, y = GAP_PX + (k % columns) * (column + GAP_PX), first + (k // columns) * row
         page.paste(Image.fromarray(picture), (x, y + caption_px))
         y += caption_px // 2
         pen.text((x, y), caption, "black", plain, anchor="lm")

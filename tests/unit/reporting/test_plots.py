@@ -216,6 +216,18 @@ def test_the_outline_of_each_cell_says_what_became_of_it():
         assert (drawn == colour).all(-1).sum() > 14 * 10 + 100  # more than its key
 
 
+def test_a_wide_image_is_shown_four_times_one_below_the_other():
+    def size(height: int, width: int) -> tuple[int, int]:
+        blank = np.zeros((height, width), np.uint8)
+        return Image.open(io.BytesIO(example.draw_example(np.full((height, width, 3), 90, np.uint8), blank, blank, blank, "one"))).size
+
+    wide, square = size(40, 400), size(400, 400)
+    assert 1200 < wide[0] < 1250  # three times as large
+    assert 4 * 120 < wide[1] < 4 * 160 + 40
+    assert 800 < square[0] < 850
+    assert 800 < square[1] < 950
+
+
 def test_ignored_pixels_are_no_errors_and_have_no_outline():
     image, truth = np.full((60, 60, 3), 90, np.uint8), np.full((60, 60), 255, np.uint8)
     predicted = np.ones((60, 60), np.uint8)

@@ -19,6 +19,7 @@ from cellbench.data.cell_targets.catalog import TARGETS
 from cellbench.data.transforms.augmentation import rotate_flip
 from cellbench.data.transforms.tiling import Stitcher, TileGrid
 from cellbench.features.tile_cutting import cut_truth
+from cellbench.inference.onnx import write_onnx
 from cellbench.inference.segmenter import Segmenter
 from cellbench.metrics.instances import numbered_instances
 from cellbench.metrics.separation import METHODS
@@ -217,3 +218,12 @@ targets = "{targets}"
     assert main(["export", "best:more", "--out", "it", "--device", "cpu"]) == 0
     again = Segmenter.load(tmp_path / "it", device="cpu").predict(numbered / "test" / "original" / "100.png")
     assert np.array_equal(again.cells.ids, found.cells.ids)
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
+    pytest.importorskip("onnxscript", reason="the extra 'onnx' is not installed")
+    segmenter = Segmenter.load("best:more", device="cpu", precision="fp32")
+    tiles = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    expected = segmenter.tiles(tiles).numpy()
+    write_onnx(tmp_path / "m.onnx", segmenter)
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    probabilities, fields = session.run(["probabilities", "fields"], {"pixels": tiles.permute(0, 3, 1, 2).float().div(255).numpy()})
+    assert np.abs(np.concatenate([probabilities[:, 1:], fields], 1) - expected).max() <= 1e-3
