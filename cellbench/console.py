@@ -135,7 +135,7 @@ def _line(columns: Sequence[Column], row: Sequence[str], shown: Sequence[int], w
     """A row of a table; several lines where its last column is folded."""
     cells = []
     for k in shown:
-        text = row[k] if columns[k].folded else _cut(row[k], widths[k])
+        text = row[k] if columns[k].folded else shortened(row[k], widths[k])
         cells.append(text.rjust(widths[k]) if columns[k].right else text.ljust(widths[k]))
     last = columns[shown[-1]]
     if not last.folded:
@@ -146,8 +146,13 @@ def _line(columns: Sequence[Column], row: Sequence[str], shown: Sequence[int], w
     return [(start + more[0]).rstrip(), *(" " * len(start) + text for text in more[1:])]
 
 
-def _cut(text: str, room: int) -> str:
-    return text if len(text) <= room else f"{text[: room - 1]}…"
+def shortened(text: str, room: int, end: int = 0) -> str:
+    """The text in ``room`` characters: its beginning, ``…`` and ``end`` characters of its end.
+
+    >>> shortened("registry/backbones/uni.toml", 18, 8)
+    'registry/…uni.toml'
+    """
+    return text if len(text) <= room else f"{text[: room - 1 - end]}…{text[len(text) - end :]}"
 
 
 # --- progress -------------------------------------------------------------------------------------------------------------------------

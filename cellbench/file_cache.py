@@ -20,6 +20,15 @@ def sha256(path: Path) -> str:
         return hashes[path]
 
 
+def read_cached(path: Path) -> dict[str, Any]:
+    """The table of a JSON file in the cache folder; empty where it is missing or damaged, so that it is made again."""
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
 class FileFactCache(Generic[T]):
     """Results of a function of files, cached in the cache folder by each file's path, size and modification time.
 
@@ -31,14 +40,7 @@ class FileFactCache(Generic[T]):
         self._path = cache_dir() / f"{name}.json"
         self._learn = learn
         self._learned: dict[str, list[Any]] = {}
-        self._known: dict[str, list[Any]] = self._load()
-
-    def _load(self) -> dict[str, list[Any]]:
-        try:
-            known = json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            return {}  # damaged: the files are read again
-        return known if isinstance(known, dict) else {}
+        self._known = read_cached(self._path)
 
     def __enter__(self) -> FileFactCache[T]:
         return self
@@ -59,5 +61,5 @@ class FileFactCache(Generic[T]):
         folder = self._path.parent
         if self._learned and (is_writable(folder) or not folder.exists()):
             with contextlib.suppress(CellbenchError):  # only a cache: a full disk must not stop a run
-                write_atomic(self._path, json.dumps({**self._load(), **self._learned}))
+                write_atomic(self._path, json.dumps({**read_cached(self._path), **self._learned}))
             self._learned = {}

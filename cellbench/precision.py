@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellbench.errors import CellbenchError
+from cellbench.file_cache import read_cached
 from cellbench.files import cache_dir, write_atomic
 from cellbench.startup import torch_threads
 
@@ -32,7 +33,7 @@ EMULATED = 0.0
 def bf16_is_faster(num_threads: int) -> bool:
     """Whether bf16 is at least :data:`WORTH_IT` times faster than float32 with this number of threads. What is remembered needs no torch."""
     path, key = cache_dir() / "precision.json", f"{cpu_name()}, torch {version('torch')}, {num_threads} threads"
-    known = _read(path)
+    known = {name: speed for name, speed in read_cached(path).items() if isinstance(speed, int | float)}
     if key not in known:
         import torch
 
@@ -90,11 +91,3 @@ def _seconds(work: Callable[[], None]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def _read(path: Path) -> dict[str, float]:
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return {name: float(speed) for name, speed in known.items() if isinstance(speed, int | float)} if isinstance(known, dict) else {}

@@ -18,7 +18,7 @@ from cellbench import startup
 from cellbench.config.cards import BackboneCard, Card, HeadCard
 from cellbench.config.options import DoctorOptions
 from cellbench.config.registry import Registry
-from cellbench.console import WIDE, Column, format_table, number_columns, say
+from cellbench.console import WIDE, Column, format_table, number_columns, say, shortened
 from cellbench.errors import CellbenchError, WeightsUnavailable, one_line, unknown_name
 from cellbench.file_cache import FileFactCache, sha256
 from cellbench.files import compute_sha256
@@ -207,17 +207,9 @@ def _lines(rows: list[Row], wide: bool) -> list[str]:
     for it, before in zip(rows, [None, *rows], strict=False):
         if before is not None and it.here != before.here:
             cells.append([""] * len(columns))
-        where = it.where if wide or it.here in ("gated", "not installed") else _cut(it.where, 36, 12)
-        cells.append([it.name, it.here, it.mib, _cut(it.license, 20), it.hash, where])
+        where = it.where if wide or it.here in ("gated", "not installed") else shortened(it.where, 36, 23)
+        cells.append([it.name, it.here, it.mib, shortened(it.license, 20), it.hash, where])
     return format_table(columns, cells, room=WIDE if wide else None)
-
-
-def _cut(text: str, room: int, begin: int | None = None) -> str:
-    """Shortens the text to ``room`` characters: its start, or with ``begin`` that many characters of its start, and its end."""
-    if len(text) <= room:
-        return text
-    begin = room - 1 if begin is None else begin
-    return f"{text[:begin]}…{text[len(text) - (room - 1 - begin) :]}"
 
 
 # --- the self-test ------------------------------------------------------------------------------------------------------------------

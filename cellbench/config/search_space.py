@@ -71,6 +71,9 @@ class Settings(StrictModel):
         over = {f"max {name}": metrics[name] - bound for name, bound in self.max.items()}
         return over | {f"min {name}": bound - metrics[name] for name, bound in self.min.items()}
 
+    def within_bounds(self, metrics: Mapping[str, float]) -> bool:
+        return all(over <= 0 for over in self.excess(metrics).values())
+
 
 class Dimension(StrictModel):
     """A setting that varies: ``choices``, or a range from ``low`` to ``high``, both included."""
@@ -189,7 +192,7 @@ class Space:
     def _check(self, where: str, registry: Registry) -> None:
         if all(len(one.choices) == 1 for one in self.dimensions):
             raise CellbenchError(f"{where}: [space] leaves nothing open: every setting has one value. `grid` runs a single setting.")
-        for head in self._choices("head"):
+        for head in self.choices("head"):
             mine = [one for one in self.dimensions if one.head in ("", head)]
             base = {one.name: one.ends[0] for one in mine} | {"head": head}
             for one in mine:
@@ -202,7 +205,8 @@ class Space:
         """The only fold of a search, including its test: other folds would test on its training images."""
         return int(self.run.get("fold", 0))
 
-    def _choices(self, name: str) -> tuple[Scalar, ...]:
+    def choices(self, name: str) -> tuple[Scalar, ...]:
+        """The values that may be chosen for a setting that varies."""
         return next(one.choices for one in self.dimensions if one.name == name)
 
     def best_tree(self, point: Mapping[str, Scalar]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from cellbench.data.categories import classes_of_categories
 from cellbench.data.dataset import Sample
 from cellbench.data.outline_layout import outlines_by_stem
 from cellbench.data.scan import Listing, resolve_inside, unique_names
-from cellbench.errors import CellbenchError, quote_name
+from cellbench.errors import CellbenchError, first_names, quote_name
 
 
 def find_coco(root: Path, card: DatasetCard) -> Listing | None:
@@ -73,7 +73,7 @@ def _skipped(file: Path, coco: CocoFile) -> list[str]:
         )
     if coco.empty:
         boxes = f", {coco.num_boxes:,} of them with a box only" if coco.num_boxes else ""
-        shown = ", ".join(coco.empty[:10]) + (" …" if len(coco.empty) > 10 else "")
+        shown = first_names(coco.empty, 10)
         notes.append(f"{file.name}: {len(coco.empty):,} annotations have no outline and are skipped{boxes}: id {shown}.")
     if coco.empty and not any(image.regions for image in coco.images):
         raise CellbenchError(f"{file}: no annotation has an outline{boxes}. Export it with polygons or run lengths (segmentation).")

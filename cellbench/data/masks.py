@@ -15,6 +15,7 @@ import numpy as np
 from scipy import ndimage
 
 from cellbench.data.class_content import ClassContent, class_content
+from cellbench.errors import first_names
 from cellbench.metrics.pixel import IGNORE
 
 MOST_VALUES = 64
@@ -232,7 +233,7 @@ def decide_meaning(facts: Sequence[MaskFacts], kind: str = "", ignore: int | Non
     cells = f"cell numbers, {f'{least} to ' if least < most else ''}{most} an image"
     if kind == "cells":
         return MaskMeaning(kind="cells", ignore=ignore, description=cells, doubt=doubt)
-    shown = ", ".join(map(str, union[:8])) + (" …" if len(union) > 8 else "")
+    shown = first_names([str(value) for value in union], 8)
     both = f"cell or background, {f'values 0 and {shown}' if union else 'no cell in any'}; {two}"
     if kind == "binary":
         return MaskMeaning(kind="binary", ignore=ignore, description=both, doubt=doubt)

@@ -13,7 +13,7 @@ from cellbench.data.dataset import Sample
 from cellbench.data.io.decode import printable_path
 from cellbench.data.io.images import EXTENSIONS
 from cellbench.data.io.intensity import IntensityScaling
-from cellbench.errors import CellbenchError, quote_name
+from cellbench.errors import CellbenchError, first_names, quote_name, quoted
 from cellbench.escaping import readable
 from cellbench.files import to_nfc
 
@@ -47,8 +47,7 @@ class FileWarning:
     @property
     def line(self) -> str:
         """One line with the first names."""
-        more = f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
-        return f"{self.kind}: {self.message}: {', '.join(quote_name(name) for name in self.names[:5])}{more}."
+        return f"{self.kind}: {self.message}: {quoted(self.names)}."
 
 
 @dataclass(kw_only=True)
@@ -261,9 +260,8 @@ def find_unused(listing: Listing, known: Iterable[str]) -> tuple[list[FileWarnin
         message = f"Files that are not used: {count_reasons(lost)}. Convert them, or move them out"
         names = tuple(printable_path(one.path.relative_to(root).as_posix()) for one in lost)
         doubts.append(FileWarning(kind="left out", message=message, names=names))
-    more = f" and {len(elsewhere) - 10} more" if len(elsewhere) > 10 else ""
-    shown = ", ".join(f"{quote_name(name)} ({num} files)" if num > 1 else quote_name(name) for name, num in list(elsewhere.items())[:10])
-    return doubts, [f"not used in {root.name}: {shown}{more}"] if elsewhere else []
+    shown = first_names([quote_name(name) + f" ({num} files)" * (num > 1) for name, num in elsewhere.items()], 10)
+    return doubts, [f"not used in {root.name}: {shown}"] if elsewhere else []
 
 
 # --- paths ------------------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 
 from cellbench.config.experiment import DataSpec
 from cellbench.data.audit import near_duplicates
-from cellbench.data.dataset import Sample
+from cellbench.data.dataset import SPLITS, Sample
 from cellbench.data.io import images
 from cellbench.data.stratify import allocate
 from cellbench.errors import CellbenchError
@@ -35,7 +35,7 @@ def choose_folds(root: Path, parts: Mapping[str, tuple[Sample, ...]], spec: Data
 
     The user's own ``splits.json`` is kept, and so are sets with too few images or groups for folds.
     """
-    samples = with_groups(tuple(sample for part in ("train", "val", "test") for sample in parts.get(part, ())), spec, tuple)
+    samples = with_groups(tuple(sample for part in SPLITS for sample in parts.get(part, ())), spec, tuple)
     num_test = len(parts.get("test", ())) or round(spec.test_fraction * len(samples))
     num_folds = min(USUAL_FOLDS, len({unit_of(sample) for sample in samples}))
     if num_test >= MIN_TEST_IMAGES or num_folds < 3 or _own(root / "splits.json"):
@@ -135,7 +135,7 @@ def given_splits(
     samples = with_groups((*parts["train"], *parts["val"], *parts["test"]), spec, grouped)
     first, second = len(parts["train"]), len(parts["train"]) + len(parts["val"])
     found = Splits(train=samples[:first], val=samples[first:second], test=samples[second:], place=root / layout)
-    for part in ("train", "val", "test"):
+    for part in SPLITS:
         if not getattr(found, part):
             raise CellbenchError(f"{root}: {layout} has images of a validation split and none of '{part}'. Name some, or no split at all.")
     _refuse_torn(root, found)
@@ -278,7 +278,7 @@ def _strata(pool: tuple[Sample, ...], spec: DataSpec, foreground: Callable[[Samp
 def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Splits:
     try:
         record = json.loads(read_text(place))
-        parts = {part: [str(name) for name in record.get(part, [])] for part in ("train", "val", "test")}
+        parts = {part: [str(name) for name in record.get(part, [])] for part in SPLITS}
         together = [[str(name) for name in names] for names in record.get(_TOGETHER, [])]
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise CellbenchError(
@@ -288,7 +288,7 @@ def _read(place: Path, pool: tuple[Sample, ...], test: tuple[Sample, ...]) -> Sp
         to_nfc(sample.name): sample for sample in pool
     }  # a.png.png: stem a.png
     chosen: dict[str, list[Sample]] = {}
-    for part in ("train", "val") if test else ("train", "val", "test"):
+    for part in ("train", "val") if test else SPLITS:
         strangers = [name for name in parts[part] if to_nfc(Path(name).name) not in known]
         if strangers:
             raise CellbenchError(

@@ -13,7 +13,7 @@ from typing import Any
 from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
-from cellbench.data.dataset import Dataset
+from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.features.extractor import CachePolicy, Features
@@ -54,7 +54,7 @@ class BenchmarkSetup:
 
     def __post_init__(self) -> None:
         self.frozen = open_backbone(self.registry.backbone(self.backbone), self.weights)
-        self.pixels = {split: ImageCache(self.dataset, split, 2**31) for split in ("train", "val", "test")}
+        self.pixels = {split: ImageCache(self.dataset, split, 2**31) for split in SPLITS}
         self.runs = [self.run(head, rate) for head in self.heads for rate in self.rates]
         self.trunk_s = 0.0
         """Seconds in the backbone during the last :meth:`fitted`."""

@@ -9,7 +9,7 @@ import copy
 
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
 from cellbench.diagnostics.script_comparison import cost_of_grid, cost_of_script, settings_of
-from cellbench.diagnostics.speed import BenchmarkResult, feature_pass, heads, new_rows, whole_processes
+from cellbench.diagnostics.speed import BenchmarkResult, feature_pass, heads, measuring, whole_processes
 from cellbench.models.backbones.build import open_backbone
 
 LARGER = {
@@ -26,22 +26,23 @@ def measure(setup: BenchmarkSetup) -> BenchmarkResult:
     """Prints each part when it is measured."""
     out = BenchmarkResult(machine=setup.machine.name, backbone=setup.backbone)
     setup.say(f"{out.backbone} on {out.machine}")
-    tell = new_rows(setup, out)
-    heads(setup, out)
-    tell()
-    feature_pass(setup, out)
-    tell()
+    with measuring("heads", setup, out):
+        heads(setup, out)
+    with measuring("the feature pass", setup, out):
+        feature_pass(setup, out)
     if setup.card:
         settings = settings_of(setup)
-        grid = cost_of_grid(settings, setup, sampled=True)
-        for place, spent_s in sorted(grid.places.items(), key=lambda one: -one[1])[:NUM_PLACES]:
-            out.add(f"main_thread_{place}_s", f"main thread of grid: {place}", spent_s, "s", f"{spent_s / sum(grid.places.values()):.0%}")
-        tell()
-        whole_processes(setup, out, cost_of_script(settings), grid)
-        tell()
+        with measuring("the main thread of grid", setup, out):
+            grid = cost_of_grid(settings, setup, sampled=True)
+            for place, spent_s in sorted(grid.places.items(), key=lambda one: -one[1])[:NUM_PLACES]:
+                out.add(
+                    f"main_thread_{place}_s", f"main thread of grid: {place}", spent_s, "s", f"{spent_s / sum(grid.places.values()):.0%}"
+                )
+        with measuring("a plain script", setup, out):
+            whole_processes(setup, out, cost_of_script(settings), grid)
     for name in list(LARGER)[: 1 if setup.machine.device.type == "cpu" else None]:
-        feature_pass(_with_random_vit(setup, name), out, name)
-        tell()
+        with measuring(f"the feature pass of {name}", setup, out):
+            feature_pass(_with_random_vit(setup, name), out, name)
     return out
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from cellbench.config.cards import KINDS, BackboneCard, Card, HeadCard
+from cellbench.config.cards import BackboneCard, Card, HeadCard
 from cellbench.diagnostics.backbone_checks import BACKBONE, failure_reason, small_backbone
 from cellbench.diagnostics.extension_checks import EXTENSIONS
 from cellbench.diagnostics.head_checks import HEAD
@@ -29,19 +29,21 @@ class Verdict:
 
 def verdicts(card: Card) -> Iterator[Verdict]:
     """The result of every contract of a card's kind; for a backbone that cannot be built, that one alone."""
-    for name, contract in EXTENSIONS.get(type(card), {}).items():
-        kind = next(kind for kind, record in KINDS.items() if record is type(card))
-        yield Verdict(card=f"{kind}/{card.id}", contract=name, reason=failure_reason(contract, card))
-    if isinstance(card, HeadCard):
-        for name, head_contract in HEAD.items():
-            yield Verdict(card=f"heads/{card.id}", contract=name, reason=failure_reason(head_contract, card))
-    if not isinstance(card, BackboneCard):
-        return
-    try:
-        backbone = small_backbone(card)
-    except Exception as error:  # third-party code may raise anything
-        yield Verdict(card=f"backbones/{card.id}", contract="can be built", reason=f"{type(error).__name__}: {one_line(error)[:200]}")
-        return
-    yield Verdict(card=f"backbones/{card.id}", contract="can be built", reason="")
-    for name, backbone_contract in BACKBONE.items():
-        yield Verdict(card=f"backbones/{card.id}", contract=name, reason=failure_reason(backbone_contract, card, backbone))
+    for name, reason in _reasons(card):
+        yield Verdict(card=f"{card.KIND}/{card.id}", contract=name, reason=reason)
+
+
+def _reasons(card: Card) -> Iterator[tuple[str, str]]:
+    """Each contract's name, and the reason why it is broken."""
+    if isinstance(card, BackboneCard):
+        try:
+            backbone = small_backbone(card)
+        except Exception as error:  # third-party code may raise anything
+            yield "can be built", f"{type(error).__name__}: {one_line(error)[:200]}"
+            return
+        yield "can be built", ""
+        yield from ((name, failure_reason(contract, card, backbone)) for name, contract in BACKBONE.items())
+    elif isinstance(card, HeadCard):
+        yield from ((name, failure_reason(contract, card)) for name, contract in HEAD.items())
+    else:
+        yield from ((name, failure_reason(contract, card)) for name, contract in EXTENSIONS.get(type(card), {}).items())

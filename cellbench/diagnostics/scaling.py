@@ -17,7 +17,7 @@ from cellbench.config.run import RunSpec
 from cellbench.console import Column, format_table
 from cellbench.data.audit.keypoint_matching import find_shared_regions, keypoints
 from cellbench.data.audit.perceptual_hash import find_near_pairs, mean_pool, to_grey
-from cellbench.data.dataset import Dataset
+from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
 from cellbench.diagnostics.peak_memory import watch_memory
@@ -140,7 +140,7 @@ def _repeated(dataset: Dataset, times: int) -> Dataset:
 
 
 def _cost(setup: BenchmarkSetup, dataset: Dataset, runs: list[RunSpec]) -> CohortCost:
-    setup.dataset, setup.pixels = dataset, {split: ImageCache(dataset, split, PIXELS_BYTES) for split in ("train", "val", "test")}
+    setup.dataset, setup.pixels = dataset, {split: ImageCache(dataset, split, PIXELS_BYTES) for split in SPLITS}
     with watch_memory() as memory:
         wall_s, trainers = setup.fitted(runs)
     return CohortCost(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from cellbench.config.experiment import DataSpec
 from cellbench.config.registry import Registry, load
+from cellbench.data.dataset import SPLITS
 from cellbench.data.loading import open_dataset
 from cellbench.models.backbones.base import Backbone, Level
 from cellbench.models.backbones.build import open_backbone
@@ -31,7 +32,6 @@ TILE_PX = 224
 STEP_PX = 168
 """Of test tiles, which overlap by a quarter; validation tiles do not overlap."""
 BATCH_SIZE = 8
-SPLITS = ("train", "val", "test")
 Tile = tuple[np.ndarray, np.ndarray]
 """Pixels (T, T, 3) uint8, and the mask (T, T)."""
 CHUNK = 64

@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -57,55 +57,42 @@ def measure(setup: BenchmarkSetup) -> BenchmarkResult:
     """All measurements, in an order in which each part warms up the next. Prints each part when it is measured."""
     out = BenchmarkResult(machine=setup.machine.name, backbone=setup.backbone)
     setup.say(f"{out.backbone} on {out.machine}")
-    tell = new_rows(setup, out)
     if setup.card:
-        setup.say("measuring a plain script, and the whole of grid beside it …")
         settings = settings_of(setup)
-        script, grid = cost_of_script(settings), cost_of_grid(settings, setup)
-        whole_processes(setup, out, script, grid)
-        tell()
+        with measuring("a plain script, and the whole of grid beside it", setup, out):
+            script, grid = cost_of_script(settings), cost_of_grid(settings, setup)
+            whole_processes(setup, out, script, grid)
         if setup.peer:
-            setup.say(f"measuring {setup.peer} …")
-            peer = cost_of_script(settings, f"{setup.peer}_reference")
-            faster = f"grid is {peer.wall_s / grid.wall_s:.2f} x as fast; Dice {peer.dice:.4f} over tiles"
-            out.add("peer_s", f"{setup.peer}: the same runs, maps written to disk once, fp32", peer.wall_s, "s", faster)
-            out.add("peer_cpu_s", "the same in processor time", peer.cpu_s, "s")
-            tell()
-    setup.say("measuring the feature pass …")
-    feature_pass(setup, out)
-    tell()
-    setup.say("measuring heads …")
-    heads(setup, out)
-    tell()
-    setup.say("measuring a cohort of runs, and the same runs one by one …")
-    cohort = _cohorts(setup, out)
-    tell()
-    setup.say("measuring trials of a search …")
-    _trials(setup, out)
-    tell()
-    setup.say("measuring the naive protocol …")
-    _naive(setup, out, cohort)
-    tell()
-    setup.say("measuring testing …")
-    _testing(setup, out, cohort)
-    tell()
-    setup.say("measuring MLflow …")
-    _mlflow(setup, out)
-    tell()
+            with measuring(setup.peer, setup, out):
+                peer = cost_of_script(settings, f"{setup.peer}_reference")
+                faster = f"grid is {peer.wall_s / grid.wall_s:.2f} x as fast; Dice {peer.dice:.4f} over tiles"
+                out.add("peer_s", f"{setup.peer}: the same runs, maps written to disk once, fp32", peer.wall_s, "s", faster)
+                out.add("peer_cpu_s", "the same in processor time", peer.cpu_s, "s")
+    with measuring("the feature pass", setup, out):
+        feature_pass(setup, out)
+    with measuring("heads", setup, out):
+        heads(setup, out)
+    with measuring("a cohort of runs, and the same runs one by one", setup, out):
+        cohort = _cohorts(setup, out)
+    with measuring("trials of a search", setup, out):
+        _trials(setup, out)
+    with measuring("the naive protocol", setup, out):
+        _naive(setup, out, cohort)
+    with measuring("testing", setup, out):
+        _testing(setup, out, cohort)
+    with measuring("MLflow", setup, out):
+        _mlflow(setup, out)
     return out
 
 
-def new_rows(setup: BenchmarkSetup, out: BenchmarkResult) -> Callable[[], None]:
-    """A function that prints the rows that were added since its last call."""
-    num_said = 0
-
-    def tell() -> None:
-        nonlocal num_said
-        for line in rows_as_text(out.rows[num_said:]):
-            setup.say(line)
-        num_said = len(out.rows)
-
-    return tell
+@contextlib.contextmanager
+def measuring(what: str, setup: BenchmarkSetup, out: BenchmarkResult) -> Iterator[None]:
+    """Says what is measured inside ``with``, and afterwards the rows that this added."""
+    setup.say(f"measuring {what} …")
+    before = len(out.rows)
+    yield
+    for line in rows_as_text(out.rows[before:]):
+        setup.say(line)
 
 
 def whole_processes(setup: BenchmarkSetup, out: BenchmarkResult, script: ProcessCost, grid: ProcessCost) -> None:

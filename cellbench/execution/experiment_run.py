@@ -22,6 +22,7 @@ from cellbench.config.trust import describe_code
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.loading import open_folds, pool_folds, settings_for_data
+from cellbench.errors import first_names
 from cellbench.execution.claims import Outcome, RunClaims
 from cellbench.execution.grid import Executor, InProcessExecutor, execute, find_unfinished
 from cellbench.execution.planning import ResolvedRun, resolve_runs
@@ -200,7 +201,7 @@ def _report(
     if outcome.skipped or outcome.failed or outcome.missing:
         say(f"without a result: {len(outcome.skipped)} skipped, {len(outcome.failed)} failed, {len(outcome.missing)} missing.")
     if outcome.missing:
-        say(f"missing: {', '.join(outcome.missing[:3])}{', …' * (len(outcome.missing) > 3)}. The same command runs what is missing.")
+        say(f"missing: {first_names(outcome.missing, 3)}. The same command runs what is missing.")
     if outcome.untested:
         say(f"{len(outcome.untested)} finished runs could not be tested on further images. The same command tries again.")
     say(f"everything is in MLflow, report.html at the parent run; {tracker.where_to_look()}")

@@ -16,7 +16,7 @@ from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.data.transforms.framing import Framing
 from cellbench.data.transforms.preprocessing import Preparation
-from cellbench.errors import CellbenchError, unknown_name
+from cellbench.errors import CellbenchError, first_names, unknown_name
 from cellbench.inference.records import (
     CalibrationRecord,
     PreparationRecord,
@@ -126,7 +126,7 @@ def _find_model(asked: str, trackers: Sequence[Tracker]) -> tuple[Tracker, RunRe
     if not found:
         return None
     if len(names) > 1:
-        raise CellbenchError(f"'{asked}' may be {', '.join(names[:8])}{', …' if len(names) > 8 else ''}. Name one of these {len(names)}.")
+        raise CellbenchError(f"'{asked}' may be {first_names(names, 8)}. Name one of these {len(names)}.")
     *_, tracker, model = max(found, key=lambda one: one[:2])
     notes = [f"'{names[0]}' is in {len(found)} leaderboards; this is the newest one."] if len(found) > 1 else []
     if len(model.runs) > 1:

@@ -78,8 +78,6 @@ class Metric:
     """Whether the figures that compare models draw it."""
     searchable: bool = False
     """Whether a search may optimise or bound it."""
-    epochwise: bool = True
-    """Whether it is computed after each epoch (``val`` scopes), so that a search can prune by it."""
 
     @property
     def pooled(self) -> bool:
@@ -297,7 +295,6 @@ def from_card(card: MetricCard, compute: Callable[[ScoredImage], float] | None =
         in_leaderboard=card.in_leaderboard,
         in_figures=card.in_leaderboard,
         searchable=card.searchable,
-        epochwise=False,
     )
 
 
@@ -307,5 +304,8 @@ def to_record(own: Iterable[Metric]) -> list[dict[str, Any]]:
 
 
 def from_record(record: Iterable[Mapping[str, Any]]) -> tuple[Metric, ...]:
-    """The declarations that :func:`to_record` wrote, without code."""
-    return tuple(Metric(**{**one, "scopes": tuple(one["scopes"])}) for one in record)
+    """The declarations that :func:`to_record` wrote, without code. Names that are no fields any more are left out."""
+    names = {field.name for field in dataclasses.fields(Metric)}
+    return tuple(
+        Metric(**{name: value for name, value in one.items() if name in names} | {"scopes": tuple(one["scopes"])}) for one in record
+    )

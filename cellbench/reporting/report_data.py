@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
     from cellbench.reporting.leaderboard import LeaderboardRow
-    from cellbench.reporting.plots.style import Drawing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -157,14 +157,10 @@ def _check_backbones(plan: SearchPlan) -> None:
     """Raises CellbenchError for a backbone without weights: all its trials would fail."""
     space = plan.space
     base = {one.name: one.ends[0] for one in space.dimensions if not one.head}
-    for name in _backbones(space):
+    for name in space.choices("backbone"):
         _, (resolved,) = resolve_tree(space.tree({**base, "backbone": name}), plan.resources, plan.datasets, plan.file)
         if resolved.unavailable:
             raise CellbenchError(f"{plan.file}: [space] backbone '{name}': {resolved.unavailable} Or remove it from the list.")
-
-
-def _backbones(space: Space) -> Sequence[Any]:
-    return next(one.choices for one in space.dimensions if one.name == "backbone")
 
 
 # --- the main process -----------------------------------------------------------------------------------------------------------------
@@ -282,7 +278,7 @@ def _follow_ray(session: SearchSession, stop: StopRequest) -> None:
     seconds = None if stop.deadline_s == float("inf") else stop.deadline_s - time.monotonic()
     work = partial(help_search, file=place, text=plan.text, storage=plan.storage, seconds=seconds)
     num = -(-session.num_left // settings.batch)
-    params_m = max(plan.resources.registry.backbone(str(name)).params_m for name in _backbones(plan.space))
+    params_m = max(plan.resources.registry.backbone(str(name)).params_m for name in plan.space.choices("backbone"))
     with ray_search.SearchHelpers(session.ray, session.job, plan.storage, work, num, params_m, session.gpu_share) as helpers:
         while not stop.over() and helpers.working:
             if words := helpers.poll(2.0):

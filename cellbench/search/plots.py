@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib
 import numpy as np
 import optuna
 from matplotlib.axes import Axes
@@ -24,12 +24,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from cellbench.config.search_space import Dimension, Space
 from cellbench.escaping import to_csv
-from cellbench.reporting.plots.style import PALETTE, STYLE, to_png
+from cellbench.reporting.plots.style import PALETTE, STYLE, subplots, to_png
 from cellbench.search.study import CompletedTrial, Study
 
 MARKS = {"complete": "o", "over a bound": "s", "pruned": "x", "failed": "|"}
 COLOURS: dict[str, Any] = {"complete": PALETTE[0], "over a bound": PALETTE[1], "pruned": "0.55", "failed": PALETTE[3]}
-LATER = "cividis_r"
+LATER = matplotlib.colormaps["cividis_r"]
 """Colour map over the number of a trial: the darker, the later."""
 
 
@@ -99,14 +99,18 @@ class _Shown:
 
     @property
     def label(self) -> str:
-        return f"{self.name} ({'higher' if self.higher else 'lower'} is better)"
+        return _label(self.name, self.higher)
+
+
+def _label(name: str, higher: bool) -> str:
+    return f"{name} ({'higher' if higher else 'lower'} is better)"
 
 
 def _point(t: CompletedTrial, k: int, name: str, study: Study, curve: dict[int, float]) -> _Point:
     kind, value = t.state, math.nan
     if t.state == "complete":
         value = t.values[k]
-        kind = "over a bound" if any(over > 0 for over in study.settings.excess(t.metrics).values()) else kind
+        kind = kind if study.settings.within_bounds(t.metrics) else "over a bound"
     elif t.state == "pruned":
         value = t.metrics.get(name, curve[max(curve)] if curve else math.nan)
     return _Point(trial=t, kind=kind, value=value)
@@ -136,7 +140,7 @@ def _draw(axes: Axes, x: Sequence[float], points: Sequence[_Point], shown: _Show
     last = max((p.trial.number for p in shown.points), default=1)
     worse = low if shown.higher else high
     for at, p in zip(x, points, strict=True):
-        colour = plt.get_cmap(LATER)(0.15 + 0.85 * p.trial.number / max(last, 1)) if by_number and p.kind == "complete" else COLOURS[p.kind]
+        colour = LATER(0.15 + 0.85 * p.trial.number / max(last, 1)) if by_number and p.kind == "complete" else COLOURS[p.kind]
         mark, y = MARKS[p.kind], p.value
         if math.isnan(y):
             mark, y = MARKS["failed"], worse
@@ -168,7 +172,7 @@ def _finite(points: Sequence[_Point]) -> list[float]:
 
 
 def _history(shown: _Shown, *, steps: bool) -> Figure:
-    figure, axes = plt.subplots(figsize=(7.5, 3.8), layout="constrained")
+    figure, axes = subplots(figsize=(7.5, 3.8), layout="constrained")
     _draw(axes, [p.trial.number for p in shown.points], shown.points, shown)
     within = [p for p in shown.points if p.kind == "complete"]
     if steps and within:
@@ -184,7 +188,7 @@ def _history(shown: _Shown, *, steps: bool) -> Figure:
 def _slices(shown: _Shown, dimensions: Sequence[Dimension]) -> Figure:
     columns = min(4, len(dimensions))
     rows = -(-len(dimensions) // columns)
-    figure, panels = plt.subplots(
+    figure, panels = subplots(
         rows, columns, figsize=(2.9 * columns + 0.6, 3.1 * rows + 0.3), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, one in itertools.zip_longest(panels.flat, dimensions):
@@ -227,7 +231,7 @@ def _places(one: Dimension, values: Sequence[object]) -> list[float]:
 
 def _parallel(shown: _Shown, dimensions: Sequence[Dimension]) -> Figure:
     """A line a completed trial over all settings; the better the darker, and the best black and on top."""
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.7 * len(dimensions)), 4.2), layout="constrained")
+    figure, axes = subplots(figsize=(max(6.0, 1.7 * len(dimensions)), 4.2), layout="constrained")
     low, high = shown.span
     points = sorted((p for p in shown.points if p.kind == "complete"), key=lambda p: p.value if shown.higher else -p.value)
     heights = {one.name: _share(one) for one in dimensions}
@@ -236,7 +240,7 @@ def _parallel(shown: _Shown, dimensions: Sequence[Dimension]) -> Figure:
         goodness = goodness if shown.higher else 1 - goodness
         ys = [heights[one.name](p.trial.point[one.name]) for one in dimensions]
         is_best = p.trial.number in shown.best
-        colour = "black" if is_best else plt.get_cmap(LATER)(goodness)
+        colour = "black" if is_best else LATER(goodness)
         axes.plot(range(len(ys)), ys, color=colour, linewidth=2.2 if is_best else 0.9, alpha=1 if is_best else 0.35 + 0.5 * goodness)
     for k, one in enumerate(dimensions):
         axes.axvline(k, color="0.75", linewidth=0.8, zorder=0)
@@ -265,7 +269,7 @@ def _share(one: Dimension) -> Callable[[object], float]:
 
 
 def _importances(found: dict[str, float], name: str) -> Figure:
-    figure, axes = plt.subplots(figsize=(6.5, 0.32 * len(found) + 1.1), layout="constrained")
+    figure, axes = subplots(figsize=(6.5, 0.32 * len(found) + 1.1), layout="constrained")
     bars = axes.barh(list(found), list(found.values()), color=PALETTE[0], alpha=0.85)
     axes.bar_label(bars, [f"{share:.0%}" for share in found.values()], fontsize=8, padding=3)
     axes.invert_yaxis()
@@ -275,7 +279,7 @@ def _importances(found: dict[str, float], name: str) -> Figure:
 
 
 def _curves(trials: Sequence[CompletedTrial], curves: dict[int, dict[int, float]], name: str, best: set[int], higher: bool) -> Figure:
-    figure, axes = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    figure, axes = subplots(figsize=(7.5, 4), layout="constrained")
     low, high = view_span([value for curve in curves.values() for epoch, value in curve.items() if epoch > 1 or len(curve) == 1], higher)
     alpha = float(np.clip(12 / max(len(trials), 1), 0.12, 0.7))
     states = set()
@@ -317,9 +321,7 @@ def _curves(trials: Sequence[CompletedTrial], curves: dict[int, dict[int, float]
 def _pareto(done: Sequence[CompletedTrial], names: Sequence[str], directions: Sequence[str], best: set[int]) -> Figure:
     """Each pair of objectives; trials of the front are numbered."""
     pairs = list(itertools.combinations(range(len(names)), 2))
-    figure, panels = plt.subplots(
-        1, len(pairs), figsize=(6 if len(pairs) == 1 else 4.2 * len(pairs), 4.2), squeeze=False, layout="constrained"
-    )
+    figure, panels = subplots(1, len(pairs), figsize=(6 if len(pairs) == 1 else 4.2 * len(pairs), 4.2), squeeze=False, layout="constrained")
     for axes, (second, first) in zip(panels.flat, pairs, strict=True):
         spans = [view_span([t.values[k] for t in done], directions[k] == "maximize") for k in (first, second)]
         for t in sorted(done, key=lambda t: t.number in best):
@@ -336,12 +338,8 @@ def _pareto(done: Sequence[CompletedTrial], names: Sequence[str], directions: Se
                       where="pre" if directions[second] == "minimize" else "post", zorder=1)  # fmt: skip
         axes.set_xlim(*spans[0])
         axes.set_ylim(*spans[1])
-        axes.set(
-            **{
-                f"{axis}label": f"{names[k]} ({'higher' if directions[k] == 'maximize' else 'lower'} is better)"
-                for axis, k in (("x", first), ("y", second))
-            }
-        )
+        xlabel, ylabel = (_label(names[k], directions[k] == "maximize") for k in (first, second))
+        axes.set(xlabel=xlabel, ylabel=ylabel)
     handles = [
         Line2D([], [], linestyle="", marker="o", color=PALETTE[k], label=label)
         for k, label in ((1, "Pareto front, by trial"), (0, "other trials"))
@@ -352,12 +350,8 @@ def _pareto(done: Sequence[CompletedTrial], names: Sequence[str], directions: Se
 
 
 def _png(draw: Callable[[], Figure]) -> bytes:
-    with plt.rc_context({**STYLE, "text.parse_math": True}):  # powers of ten on a logarithmic axis
-        figure = draw()
-        try:
-            return to_png(figure)
-        finally:
-            plt.close(figure)
+    with matplotlib.rc_context({**STYLE, "text.parse_math": True}):  # powers of ten on a logarithmic axis
+        return to_png(draw())
 
 
 def trials_table(trials: Sequence[CompletedTrial], space: Space) -> str:

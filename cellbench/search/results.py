@@ -43,11 +43,8 @@ def log_progress(space: Space, study: Study, run: Run) -> None:
     trials, best = study.trials(), study.best()
     sign, record = (1 if space.directions[0] == "maximize" else -1), None
     for t in trials:
-        if (
-            t.state == "complete"
-            and all(over <= 0 for over in space.settings.excess(t.metrics).values())
-            and (record is None or sign * t.values[0] > sign * record)
-        ):
+        is_candidate = t.state == "complete" and space.settings.within_bounds(t.metrics)
+        if is_candidate and (record is None or sign * t.values[0] > sign * record):
             record = t.values[0]
             run.buffer(t.number, {"search/best": record})
     run.log({f"search/{state}": sum(t.state == state for t in trials) for state in ("complete", "pruned", "failed")})

@@ -303,7 +303,7 @@ class Study:
 
     def best(self) -> list[CompletedTrial]:
         """The best trial within the bounds; with several objectives the Pareto front, sorted by the first objective."""
-        done = [t for t in self.trials() if t.state == "complete" and all(over <= 0 for over in self.settings.excess(t.metrics).values())]
+        done = [t for t in self.trials() if t.state == "complete" and self.settings.within_bounds(t.metrics)]
         signs = [1 if way == StudyDirection.MAXIMIZE else -1 for way in self.optuna.directions]
         scores = {t.number: tuple(sign * value for sign, value in zip(signs, t.values, strict=True)) for t in done}
         front = [t for t in done if not any(_dominates(scores[o.number], scores[t.number]) for o in done)]

@@ -12,7 +12,7 @@ from cellbench.config.registry import Registry
 from cellbench.config.run import RunSpec
 from cellbench.data.cell_targets.base import CellTarget
 from cellbench.data.cell_targets.catalog import TARGETS
-from cellbench.data.dataset import Dataset
+from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.data.transforms.sampling import SamplingPlan
 from cellbench.features.extractor import Batch, CachePolicy, Features
@@ -53,7 +53,7 @@ def estimate_cost(
     first = runs[0]
     backbone = open_backbone(registry.backbone(first.backbone), weights) if first.backbone else None
     frozen = FrozenBackbone(backbone, machine, [n for run in runs if (n := num_levels(registry.part(run)))], first.unfreeze)
-    pixels = {split: ImageCache(dataset, split, 0) for split in ("train", "val", "test")}
+    pixels = {split: ImageCache(dataset, split, 0) for split in SPLITS}
     plan = SamplingPlan(pixels["train"].sizes_px, first, registry, pixels["train"].boxes_px)
     features = Features(frozen, plan, pixels, policy)
     tiles = {split: sum(len(features.grid(split, i)) for i in range(len(pixels[split]))) for split in ("val", "test")}

@@ -14,6 +14,7 @@ from cellbench.data.audit.image_statistics import SampleFacts
 from cellbench.data.audit.keypoint_matching import find_same_images, find_shared_regions
 from cellbench.data.audit.mask_placement import check_placement
 from cellbench.data.audit.perceptual_hash import connected_groups
+from cellbench.errors import first_names
 
 
 class Severity(enum.Enum):
@@ -245,8 +246,7 @@ def statistics(facts: Sequence[SampleFacts], classes: Sequence[str]) -> list[tup
     if not fit:
         return out
     sizes = Counter(f"{f.size_px[1]} x {f.size_px[0]}" for f in fit).most_common()
-    more = f" and {len(sizes) - 4} more" if len(sizes) > 4 else ""
-    out.append(("sizes", ", ".join(f"{size} ({num})" for size, num in sizes[:4]) + more))
+    out.append(("sizes", first_names([f"{size} ({num})" for size, num in sizes], 4)))
     weights = np.array([f.size_px[0] * f.size_px[1] for f in fit], float)
     shares = np.average([f.shares for f in fit], axis=0, weights=weights)
     out.append(("pixels", ", ".join(f"{name} {share:.1%}" for name, share in zip(classes, shares, strict=True))))

@@ -142,6 +142,11 @@ def _verify(path: Path, shown: str, check: Callable[[Path], None], published: st
         raise WeightsUnavailable(f"{shown} gave a file of another hash {hashes}; it was deleted.")
 
 
+def stated_sha256(path: Path) -> str:
+    """The name of a file of the hub's cache, which is its sha256 where it is large; empty for other names."""
+    return path.name if re.fullmatch("[0-9a-f]{64}", path.name) else ""
+
+
 def _md5(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
@@ -188,8 +193,7 @@ def download_from_hub(repo: str, names: tuple[str, ...], revision: str | None, c
                 get_hf_file_metadata(hf_hub_url(repo, name, revision=revision, endpoint=endpoint), timeout=TIMEOUT_S, endpoint=endpoint)
                 path = Path(hf_hub_download(repo, name, revision=revision, cache_dir=_hub_cache(), endpoint=endpoint))
             blob = path.resolve()
-            # The cache names large files by their sha256, small ones differently.
-            _verify(blob, f"{repo}/{name}", check, blob.name if re.fullmatch("[0-9a-f]{64}", blob.name) else "")
+            _verify(blob, f"{repo}/{name}", check, stated_sha256(blob))
             return path, name
         except errors.GatedRepoError as error:
             if get_token() is None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, first_names
 from cellbench.models.backbones.weight_files import check_types
 
 # The patch embedding (or a ConvNet's stem) shows under which prefix a file holds the network.
@@ -67,7 +67,7 @@ def to_timm_names(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     root = _root(state, where)
     outside = [key for key in state if not key.startswith(root) and not HEADS.fullmatch(key)]
     if outside:
-        raise CellbenchError(f"{where}: {list_names(outside, 'key')} beside the network '{root}*', not known to be training heads.")
+        raise CellbenchError(f"{where}: {_keys(outside)} beside the network '{root}*', not known to be training heads.")
     inside = {key[len(root) :]: value for key, value in state.items() if key.startswith(root)}
     inside = {key: value for key, value in inside.items() if not HEADS.fullmatch(key)}
     if ANCHORS[1] in inside:
@@ -89,7 +89,7 @@ def _root(state: dict[str, Tensor], where: str) -> str:
     roots = teachers or {root for root in roots if not root.startswith("student")}
     if len(roots) != 1:
         found = "no known vision network" if not roots else f"{len(roots)} networks ({', '.join(sorted(roots))})"
-        raise CellbenchError(f"{where}: holds {found}. Expected one patch embedding; its keys begin {list_names(list(state), 'key')}.")
+        raise CellbenchError(f"{where}: holds {found}. Expected one patch embedding; its keys begin {_keys(list(state))}.")
     return roots.pop()
 
 
@@ -161,7 +161,7 @@ def load_strictly(net: nn.Module, state: dict[str, Tensor], where: str) -> None:
     odd = [f"{k} {tuple(state[k].shape)} for {tuple(wanted[k].shape)}" for k in wanted if k in state and state[k].shape != wanted[k].shape]
     if missing or extra or odd:
         parts = (("lacks", missing), ("has too many:", extra), ("has another shape:", odd))
-        differences = "; ".join(f"{what} {list_names(keys, 'key')}" for what, keys in parts if keys)
+        differences = "; ".join(f"{what} {_keys(keys)}" for what, keys in parts if keys)
         raise CellbenchError(
             f"{where}: does not fit the network that the card describes: {differences}. Is it the right file for this card?"
         )
@@ -172,12 +172,5 @@ def load_strictly(net: nn.Module, state: dict[str, Tensor], where: str) -> None:
     assert not stranded, f"left without values: {stranded}"
 
 
-def list_names(names: Iterable[str], noun: str) -> str:
-    """The number of names and the first five.
-
-    >>> list_names(["a", "b"], "key")
-    '2 keys (a, b)'
-    """
-    names = list(names)
-    more = ", …" if len(names) > 5 else ""
-    return f"{len(names)} {noun}{'' if len(names) == 1 else 's'} ({', '.join(names[:5])}{more})"
+def _keys(names: Sequence[str]) -> str:
+    return f"{len(names)} key{'s' * (len(names) != 1)} ({first_names(names, 5)})"

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cellbench.config.cards import BackboneCard
-from cellbench.errors import CellbenchError, unknown_name
+from cellbench.errors import unknown_name
 from cellbench.models.backbones.base import Backbone, Level, norm_channels
 from cellbench.models.backbones.state_dict import load_strictly, to_timm_names
-from cellbench.models.backbones.timm_vit import build, intermediates, model_name
+from cellbench.models.backbones.timm_vit import build, check_card, intermediates, model_name
 
 
 class TimmPyramid(Backbone):
@@ -52,10 +52,7 @@ def timm_pyramid(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbon
         net = _network(name, "meta")
         load_strictly(net, to_timm_names(state, card.id), card.id)
     last = net.feature_info[-1]
-    built = {"dim": last["num_chs"], "patch_px": last["reduction"], "depth": len(net.feature_info), "prefix_tokens": 0}
-    wrong = [f"{key} = {getattr(card, key)}, the network has {value}" for key, value in built.items() if getattr(card, key) != value]
-    if wrong:
-        raise CellbenchError(f"{card.id} ({card.path}): {'; '.join(wrong)}. Correct the card, or its [arch].")
+    check_card(card, {"dim": last["num_chs"], "patch_px": last["reduction"], "depth": len(net.feature_info), "prefix_tokens": 0})
     return TimmPyramid(net, card)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -121,7 +122,6 @@ def timm_vit(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbone:
     Random weights are drawn on torch's default device: within ``with torch.device("meta"):`` a large network costs nothing. Without
     ``img_size`` on the card, the position grid of the file decides. Raises CellbenchError where card, network and file disagree.
     """
-    where = f"{card.id} ({card.path})"
     if state is None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(card.arch.get("seed", 0)))
@@ -135,7 +135,12 @@ def timm_vit(card: BackboneCard, state: dict[str, Tensor] | None) -> Backbone:
             # Rotary positions (DINOv3) are computed at construction and are in no file: on the meta device they would have no values.
             net = _network(card, "cpu", grid_px)
         load_strictly(net, state, card.id)
-    _check_card(card, net, where)
+    if not hasattr(net, "forward_intermediates") or not hasattr(net, "blocks"):
+        raise CellbenchError(
+            f"{card.id} ({card.path}): {card.arch['name']} is not a plain transformer. For a ConvNet or Swin use timm_pyramid."
+        )
+    prefix_tokens, patch_px = net.num_prefix_tokens, net.patch_embed.patch_size[0]
+    check_card(card, {"dim": net.embed_dim, "depth": len(net.blocks), "prefix_tokens": prefix_tokens, "patch_px": patch_px})
     return TimmViT(net, card)
 
 
@@ -173,16 +178,8 @@ class _NothingToDraw(TorchDispatchMode):
         return arguments[0] if only_values and arguments[0].is_meta else function(*arguments, **(named or {}))
 
 
-def _check_card(card: BackboneCard, net: Any, where: str) -> None:
-    """Refuses a card that contradicts its network: all later sizes depend on the card."""
-    if not hasattr(net, "forward_intermediates") or not hasattr(net, "blocks"):
-        raise CellbenchError(f"{where}: {card.arch['name']} is not a plain transformer. For a ConvNet or Swin use timm_pyramid.")
-    built = {
-        "dim": net.embed_dim,
-        "depth": len(net.blocks),
-        "prefix_tokens": net.num_prefix_tokens,
-        "patch_px": net.patch_embed.patch_size[0],
-    }
+def check_card(card: BackboneCard, built: Mapping[str, int]) -> None:
+    """Refuses a card that contradicts its network, of which ``built`` holds the same facts: all later sizes depend on the card."""
     wrong = [f"{key} = {getattr(card, key)}, the network has {value}" for key, value in built.items() if getattr(card, key) != value]
     if wrong:
-        raise CellbenchError(f"{where}: {'; '.join(wrong)}. Correct the card, or its [arch].")
+        raise CellbenchError(f"{card.id} ({card.path}): {'; '.join(wrong)}. Correct the card, or its [arch].")

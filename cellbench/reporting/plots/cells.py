@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
-from cellbench.reporting.plots.style import NARROW_IN, STYLE, Drawing, set_caption, shorten, subplots
+from cellbench.reporting.plots.style import NARROW_IN, STYLE, set_caption, shorten, subplots
 
 
-def plot_cell_confusion(classes: Sequence[str], confusion: np.ndarray, narrow: bool = False) -> Drawing:
+def plot_cell_confusion(classes: Sequence[str], confusion: np.ndarray, narrow: bool = False) -> Figure:
     """What each true cell (rows) was taken for (columns); the last column is missed cells, the last row predicted cells without a true one.
 
     ``confusion`` (K, K) as of ``cellbench.metrics.cell_classes``, K ``classes`` with the background.

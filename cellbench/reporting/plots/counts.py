@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
-from cellbench.reporting.plots.style import NARROW_IN, STYLE, Drawing, set_caption, shorten, subplots
+from cellbench.reporting.plots.style import NARROW_IN, STYLE, set_caption, shorten, subplots
 from cellbench.statistics.agreement import agreement
 
 MOST_PANELS = 6
 
 
-def plot_agreement(counts: Mapping[str, tuple[Sequence[float], Sequence[float]]], unit: str = "image", narrow: bool = False) -> Drawing:
+def plot_agreement(counts: Mapping[str, tuple[Sequence[float], Sequence[float]]], unit: str = "image", narrow: bool = False) -> Figure:
     """Bland and Altman's plot: predicted minus true count against their mean, a panel a name; ``counts``: true and predicted ones by name."""
     shown = list(counts.items())[:MOST_PANELS]
     columns = 1 if narrow or len(shown) == 1 else min(3, len(shown))

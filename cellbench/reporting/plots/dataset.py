@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from cellbench.data.audit.image_statistics import ImageStatistics
 from cellbench.data.io.images import brightened, thumbnail
 from cellbench.metrics.pixel import IGNORE
-from cellbench.reporting.plots.style import PALETTE, STYLE, subplots
+from cellbench.reporting.plots.style import PALETTE, STYLE, shorten, subplots
 
 MOST_SAMPLES = 6
 
@@ -40,7 +40,7 @@ def plot_samples(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], classes: S
         for column, (name, image, mask) in enumerate(pairs):
             shown, times = brightened(thumbnail(image))
             _show(panels[0][column], shown)
-            panels[0][column].set_title(_short(name) + (f", {times:.0f} x as bright" if times > 1 else ""), fontsize=8)
+            panels[0][column].set_title(shorten(name, 23) + (f", {times:.0f} x as bright" if times > 1 else ""), fontsize=8)
             if not classes:
                 continue
             drawn = np.ma.masked_equal(thumbnail(mask), IGNORE)  # ignored pixels stay white
@@ -127,7 +127,3 @@ def _histogram(axes: Axes, values: Sequence[float] | np.ndarray, label: str, wha
     axes.set_xlabel(label)
     axes.set_ylabel(what)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))  # a count
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else f"{name[:12]}…{name[-10:]}"

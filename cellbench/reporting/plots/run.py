@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import expected_calibration_error
 from cellbench.metrics.catalog import Metric
-from cellbench.reporting.plots.style import PALETTE, STYLE, describe_intervals, draw_span, subplots
+from cellbench.reporting.plots.style import PALETTE, STYLE, describe_intervals, draw_reliability, draw_span, subplots
 from cellbench.statistics.bootstrap import mean_interval
 
 
@@ -149,16 +149,13 @@ def _reliability(axes: Axes, calibration: dict[str, list[float]] | None, correct
         axes.text(0.5, 0.5, "this method gives no probability", ha="center", va="center", color="0.4")
         axes.set_axis_off()
         return
-    pixels, predicted, observed = (np.array(calibration[key]) for key in ("pixels", "probability", "share_cell"))
-    filled = pixels > 0
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--", label="perfect")
     label = f"this run, mean error {expected_calibration_error(calibration):.3f}"
-    axes.plot(predicted[filled], observed[filled], "o-", color=PALETTE[0], markersize=4, label=label)
+    draw_reliability(axes, calibration, "o-", color=PALETTE[0], markersize=4, label=label)
     if corrected is not None:
-        pixels_after, predicted_after, observed_after = (np.array(corrected[key]) for key in ("pixels", "probability", "share_cell"))
-        some = pixels_after > 0
         label = f"as predict gives them, {expected_calibration_error(corrected):.3f}"
-        axes.plot(predicted_after[some], observed_after[some], "s:", color=PALETTE[1], markersize=3, label=label)
+        draw_reliability(axes, corrected, "s:", color=PALETTE[1], markersize=3, label=label)
+    pixels = np.array(calibration["pixels"])
     # All pixels together are a quarter of the height: a background for the curve.
     axes.bar((np.arange(len(pixels)) + 0.5) / len(pixels), pixels / pixels.sum() / 4, 0.9 / len(pixels), color="0.82", zorder=0)
     axes.set_xlim(-0.02, 1.02)

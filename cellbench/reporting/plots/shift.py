@@ -14,6 +14,7 @@ from cellbench.reporting.plots.style import (
     NARROW_IN,
     PALETTE,
     STYLE,
+    draw_reliability,
     first_that_fit,
     note_at_right,
     rows_figure,
@@ -73,11 +74,7 @@ def plot_reliability(model: str, curves: Mapping[str, Mapping[str, Sequence[floa
         figure, axes = subplots(figsize=(NARROW_IN, NARROW_IN) if narrow else (5.2, 4.2), layout="constrained")
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.8, linestyle="--", label="perfect")
         for k, (name, curve) in enumerate(curves.items()):
-            pixels, predicted, observed = (np.array(curve[key]) for key in ("pixels", "probability", "share_cell"))
-            some = pixels > 0
-            axes.plot(
-                predicted[some], observed[some], f"{MARKERS[k % len(MARKERS)]}-", color=COLOURS[k % len(COLOURS)], markersize=4, label=name
-            )
+            draw_reliability(axes, curve, f"{MARKERS[k % len(MARKERS)]}-", color=COLOURS[k % len(COLOURS)], markersize=4, label=name)
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-0.02, 1.02)
         axes.set_xlabel("probability of a cell")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure as Drawing
+from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from cellbench.statistics.bootstrap import Interval
@@ -54,21 +54,21 @@ BACKED = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
 
 def subplots(
     rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], layout: Literal["constrained"] | None = None, **grid: Any
-) -> tuple[Drawing, Any]:
+) -> tuple[Figure, Any]:
     """A figure and its axes, with the arguments of pyplot's function of that name.
 
     pyplot would choose a backend for the whole process, in which a user may draw too, and would keep the figure until it is closed.
     """
-    figure = Drawing(figsize=figsize, layout=layout)
+    figure = Figure(figsize=figsize, layout=layout)
     return figure, figure.subplots(rows, columns, **grid)
 
 
-def save_figure(figure: Drawing, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """As PNG."""
     path.write_bytes(to_png(figure))
 
 
-def to_png(figure: Drawing, dpi: float | None = None, note: str = "") -> bytes:
+def to_png(figure: Figure, dpi: float | None = None, note: str = "") -> bytes:
     """As the bytes of a PNG, with its caption and a note below."""
     figure.set_dpi(dpi or figure.dpi)
     if (engine := figure.get_layout_engine()) is not None:
@@ -89,7 +89,7 @@ def to_png(figure: Drawing, dpi: float | None = None, note: str = "") -> bytes:
     return out.getvalue()
 
 
-def to_svg(figure: Drawing) -> bytes:
+def to_svg(figure: Figure) -> bytes:
     """As SVG, without the caption. The figure keeps its layout, for :func:`to_png`."""
     out = io.BytesIO()
     with matplotlib.rc_context(STYLE):
@@ -98,11 +98,11 @@ def to_svg(figure: Drawing) -> bytes:
     return out.getvalue()
 
 
-def set_caption(figure: Drawing, *sentences: str) -> None:
+def set_caption(figure: Figure, *sentences: str) -> None:
     figure.set_label(" ".join(one for one in sentences if one))
 
 
-def get_caption(figure: Drawing) -> str:
+def get_caption(figure: Figure) -> str:
     return str(figure.get_label())
 
 
@@ -111,7 +111,7 @@ def first_that_fit(items: Sequence[T], most: int) -> tuple[list[T], str]:
     return list(items[:most]), f"{len(items) - most} more are in the table." if len(items) > most else ""
 
 
-def rows_figure(names: Sequence[str], narrow: bool, extra_in: float = 0.75) -> tuple[Drawing, Axes]:
+def rows_figure(names: Sequence[str], narrow: bool, extra_in: float = 0.75) -> tuple[Figure, Axes]:
     """A figure with one row for each name, the first on top; ``extra_in``: the height of everything else."""
     row = NARROW_ROW_IN if narrow else ROW_IN
     size = (NARROW_IN if narrow else WIDTH_IN, row * len(names) + extra_in)
@@ -182,6 +182,12 @@ def lower_end(one: Interval) -> float:
 def upper_end(one: Interval) -> float:
     """The upper end, or the mean if there is no interval."""
     return one.mean if one.high is None else one.high
+
+
+def draw_reliability(axes: Axes, curve: Mapping[str, Sequence[float]], marks: str, **look: Any) -> None:
+    """The observed share of cells against the predicted probability. ``curve``: pixels, probability and share_cell by bin."""
+    pixels, predicted, observed = (np.array(curve[key]) for key in ("pixels", "probability", "share_cell"))
+    axes.plot(predicted[pixels > 0], observed[pixels > 0], marks, **look)
 
 
 def axis_range(ends: Iterable[tuple[float, float, float]]) -> tuple[float, float]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pytest
+from matplotlib.figure import Figure
 
 from cellbench.config.registry import Registry
 from cellbench.config.search_space import Space
@@ -44,17 +43,14 @@ def study_of(folder: Path, **settings) -> tuple[Study, Space]:
 
 
 @pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[plt.Figure]]:
-    """The figures that are drawn, kept open for the test."""
-    kept: list[plt.Figure] = []
-    close = plt.close
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are drawn."""
+    kept: list[Figure] = []
     monkeypatch.setattr(plots, "to_png", lambda figure: kept.append(figure) or b"")
-    monkeypatch.setattr(plots.plt, "close", lambda figure=None: None)
-    yield kept
-    close("all")
+    return kept
 
 
-def test_every_trial_of_one_objective_has_a_mark_within_the_axes(tmp_path: Path, figures: list[plt.Figure]) -> None:
+def test_every_trial_of_one_objective_has_a_mark_within_the_axes(tmp_path: Path, figures: list[Figure]) -> None:
     study, space = study_of(tmp_path, pruner="median")
     names = [name for name, _ in plots.plot_study(study, space)]
     assert names == ["history", "slice", "parallel", "importance", "curves"]
@@ -70,7 +66,7 @@ def test_every_trial_of_one_objective_has_a_mark_within_the_axes(tmp_path: Path,
     assert all(float(tick).is_integer() for tick in epochs)
 
 
-def test_two_objectives_give_a_front_and_each_its_plots(tmp_path: Path, figures: list[plt.Figure]) -> None:
+def test_two_objectives_give_a_front_and_each_its_plots(tmp_path: Path, figures: list[Figure]) -> None:
     study, space = study_of(tmp_path, objective=["val/dice", "cost/latency_ms"], pruner="none")
     names = [name for name, _ in plots.plot_study(study, space)]
     assert {"history-val-dice", "slice-cost-latency_ms", "pareto"} <= set(names)
