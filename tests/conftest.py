@@ -29,24 +29,11 @@ SETTINGS = ("CELLBENCH_CACHE_URL", "CELLBENCH_WEIGHTS", "CELLBENCH_MAX_PIXELS", 
 
 
 LONGEST = (
-    *(
-        "ray",
-        "extensions",
-        "grid",
-        "golden",
-        "failures",
-        "multiprocess",
-        "server_away",
-        "check",
-        "search",
-        "bench",
-        "services",
-        "notebook",
-        "docs",
-    ),
-    *("plugin_checks", "explore", "sharded_cache", "evaluate", "remote_cache", "build", "cell_targets", "stain", "doctor"),
-    *("fit", "folds", "export", "planted", "predict", "parallel", "randomness", "weight_values", "checkpoints", "masks", "report"),
-    *("commands", "keypoint_matching", "intensity"),
+    *("ray", "grid", "multiprocess", "check", "fit", "plugin_checks", "start", "export", "bench", "extensions", "search", "server_away"),
+    *("failures", "golden", "report", "docs", "ensembles", "notebook", "evaluate", "predict", "api", "services", "planted", "build"),
+    *("shift", "committee", "randomness", "framing", "startup", "state_dict", "remote_cache", "cell_targets", "heads", "study", "explore"),
+    *("stain", "doctor", "folds", "background_logging", "learning_curves", "weight_values", "checkpoints", "counts", "sharded_cache"),
+    *("intensity", "keypoint_matching", "masks", "commands", "parallel"),
 )
 
 
