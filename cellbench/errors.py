@@ -112,6 +112,15 @@ def quote_name(name: object) -> str:
     return f"'{text}'" if text.isprintable() else ascii(text)
 
 
+def quantity(num: int, noun: str) -> str:
+    """The number with its noun.
+
+    >>> quantity(1, "run"), quantity(3, "test image")
+    ('1 run', '3 test images')
+    """
+    return f"{num} {noun}{'s' * (num != 1)}"
+
+
 def first_names(names: Sequence[str], most: int = 20) -> str:
     """The first names, and the number of others.
 

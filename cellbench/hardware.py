@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, quantity
 from cellbench.precision import bf16_is_faster
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Hardware:
     def name(self) -> str:
         """``cpu, 2 cores, bf16``."""
         cores = self.lanes * self.threads
-        what = f"{self.device_name.partition(':')[0]}, {cores} core{'s' * (cores > 1)}"
+        what = f"{self.device_name.partition(':')[0]}, {quantity(cores, 'core')}"
         if self._has_cuda:
             import torch
 

@@ -12,7 +12,7 @@ from cellbench.config.options import CacheOptions, ListOptions, ShowOptions
 from cellbench.config.registry import Registry, shipped
 from cellbench.config.search_space import Space
 from cellbench.console import Column, format_table, number_columns, say
-from cellbench.errors import CellbenchError, unknown_name
+from cellbench.errors import CellbenchError, quantity, unknown_name
 from cellbench.files import parse_toml, read_text
 from cellbench.metrics.catalog import search_objectives
 from cellbench.models.backbones.weights import package_name
@@ -79,7 +79,7 @@ def _meaning(card: Card) -> str:
         side = 224 // card.patch_px
         return f"{'needs no weights' if card.weights == 'none' else weights}; a 224-px tile becomes {side} x {side} vectors of {card.dim}."
     if isinstance(card, HeadCard):
-        return f"reads {card.levels} depth{'s' if card.levels > 1 else ''} of the backbone{' and the pixels' if card.pixels else ''}."
+        return f"reads {quantity(card.levels, 'depth')} of the backbone{' and the pixels' if card.pixels else ''}."
     if isinstance(card, DatasetCard) and card.draw:
         return "drawn when first used, needs no folder; settings go into [data.draw]."
     return ""

@@ -13,7 +13,7 @@ from cellbench.console import Column, format_table, number_columns, progress_bar
 from cellbench.data.dataset import SPLITS, Sample
 from cellbench.data.layouts import scan_folder
 from cellbench.data.scan import files_below
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, quantity
 from cellbench.escaping import to_csv
 from cellbench.files import make_folder, write_atomic
 from cellbench.hardware import detect_hardware
@@ -41,7 +41,7 @@ def next_images(options: NextOptions) -> int:
             f"{options.data}: all of its images were trained on, so there is nothing to label. Name a folder of new images."
         )
     found = committee.predict_new(new)
-    runs = f"{len(found.models)} run{'s' * (len(found.models) != 1)} of {', '.join(dict.fromkeys(found.models))}"
+    runs = f"{quantity(len(found.models), 'run')} of {', '.join(dict.fromkeys(found.models))}"
     say(f"{len(new)} images, ranked by {runs} ('{tracker.name}'), on {machine.name}.")
     kept: list[Sample] = []
     spreads: list[float | None] = []

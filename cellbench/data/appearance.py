@@ -22,7 +22,7 @@ from cellbench.data.io import images
 from cellbench.data.io.intensity import IntensityScaling
 from cellbench.data.progress import map_files
 from cellbench.data.splits import unit_of
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, quantity
 from cellbench.file_cache import FileFactCache
 from cellbench.files import text_digest
 
@@ -155,7 +155,7 @@ def describe_appearances(samples: Sequence[Sample], reading: IntensityScaling) -
     for name, mine in sorted(groups.items(), key=lambda item: int(item[0].rpartition(" ")[2])):
         background, foreground = (np.mean([getattr(one, key) for one in mine], axis=0) for key in ("background_rgb", "foreground_rgb"))
         out.append(
-            f"{name}: {len(mine)} image{'s' * (len(mine) != 1)}, background {_colour(background)}, foreground {_colour(foreground)} on "
+            f"{name}: {quantity(len(mine), 'image')}, background {_colour(background)}, foreground {_colour(foreground)} on "
             f"{np.mean([one.density for one in mine]):.0%} of the area, sharpness {np.exp(np.mean([one.sharpness for one in mine])):.2f}"
         )
     return out

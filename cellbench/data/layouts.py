@@ -25,7 +25,7 @@ from cellbench.data.manifest import SPLITS as SPLIT_WORDS
 from cellbench.data.mask_names import ANNOTATED, IMAGE_WORDS, MASK_WORDS
 from cellbench.data.outline_layout import scan_outlines, tool_files
 from cellbench.data.scan import FileWarning, Listing, files_below, other_files, unique_names
-from cellbench.errors import CellbenchError, quote_name
+from cellbench.errors import CellbenchError, quantity, quote_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def scan_folder(card: DatasetCard, where: Path, *, unlabelled: bool = False) -> 
         if not boxes:
             table = next((path for path in sorted(where.rglob("*")) if path.suffix.lower() in (".csv", ".tsv")), None)
             raise CellbenchError(
-                f"--data {where}: holds {num} image{'s' * (num != 1)} and no masks. Each image to learn from needs one: masks/NAME.png for "
+                f"--data {where}: holds {quantity(num, 'image')} and no masks. Each image to learn from needs one: masks/NAME.png for "
                 "images/NAME.png, or NAME_mask.png beside NAME.png. `predict` and `explore` take plain folders"
                 + (
                     f"; `evaluate` and `score` compare counts with a table .csv whose columns are called image and count ({table.name} is there)."

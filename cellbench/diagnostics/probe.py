@@ -17,6 +17,7 @@ from cellbench.config.cards import BackboneCard
 from cellbench.config.registry import load
 from cellbench.diagnostics.backbone_checks import frozen
 from cellbench.diagnostics.peak_memory import watch_memory
+from cellbench.errors import quantity
 from cellbench.features.frozen_backbone import FrozenBackbone
 from cellbench.hardware import Hardware, release_memory
 from cellbench.models.backbones.base import Backbone
@@ -113,7 +114,7 @@ def _checks(card: BackboneCard, backbone: Backbone) -> list[ProbeCheck]:
     output = known if card.probe else f"none on the card; here {numbers}"
     size = f"{millions:.4g} M, {card.params_m:g} M on the card"
     given, stated = tuple(maps[-1].shape[1:]), expected[1:]
-    shape = f"{len(maps)} level{'s' * (len(maps) > 1)}, the last {given} for {side} x {side} px; {card.depth} and {stated} by the card"
+    shape = f"{quantity(len(maps), 'level')}, the last {given} for {side} x {side} px; {card.depth} and {stated} by the card"
     return [
         ProbeCheck(name="parameters", finding=size, holds=abs(millions - card.params_m) <= max(0.01 * millions, 0.001)),
         ProbeCheck(

@@ -21,6 +21,7 @@ from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.image_cache import ImageCache
 from cellbench.diagnostics.benchmark_setup import BenchmarkSetup
 from cellbench.diagnostics.peak_memory import watch_memory
+from cellbench.errors import quantity
 
 NUM_RUNS = (1, 3, 9, 27)
 REPEATS = (1, 10, 100)
@@ -82,7 +83,7 @@ def measure(setup: BenchmarkSetup) -> ScalingResult:
     small = _repeated(given, 1)
     _cost(setup, small, _runs(setup, 1, crops=1))  # warms up
     for num in NUM_RUNS:
-        setup.say(f"measuring {num} run{'s' * (num > 1)} …")
+        setup.say(f"measuring {quantity(num, 'run')} …")
         out.runs.append(_cost(setup, small, _runs(setup, num, crops=4)))
     for times in REPEATS:
         more = _repeated(given, times)

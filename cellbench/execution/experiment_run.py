@@ -22,7 +22,7 @@ from cellbench.config.trust import describe_code
 from cellbench.data.audit import quick_check
 from cellbench.data.dataset import SPLITS, Dataset
 from cellbench.data.loading import open_folds, pool_folds, settings_for_data
-from cellbench.errors import first_names
+from cellbench.errors import first_names, quantity
 from cellbench.execution.claims import Outcome, RunClaims
 from cellbench.execution.grid import Executor, InProcessExecutor, execute, find_unfinished
 from cellbench.execution.planning import ResolvedRun, resolve_runs
@@ -90,7 +90,7 @@ def plan_experiment(options: GridOptions, say: Say, tree: Mapping[str, Any] | No
     )
     sizes = f"{len(dataset.train)} training, {len(dataset.val)} validation and {len(dataset.test)} test images"
     folds = f" in each of {len(datasets)} folds, or one more or less" if len(datasets) > 1 else ""
-    say(f"{experiment.experiment}: {len(runs)} run{'s' * (len(runs) != 1)} on {dataset.name} ({sizes}{folds}), on {machine.name}.")
+    say(f"{experiment.experiment}: {quantity(len(runs), 'run')} on {dataset.name} ({sizes}{folds}), on {machine.name}.")
     if more := describe_tests(experiment.data, dataset):
         say(f"Each finished run is also tested on {more}.")
     return ExperimentPlan(experiment=experiment, text=text, options=options, resources=resources, datasets=datasets, runs=runs)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from cellbench.errors import quantity
 from cellbench.execution.claims import Outcome, RunClaims
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import GridProgress
@@ -52,7 +53,7 @@ def describe_skipped(runs: Sequence[ResolvedRun]) -> list[str]:
     """A line for each baseline that is skipped, and one for all runs whose backbones cannot be used."""
     lines = list(dict.fromkeys(f"skipped {one.run.baseline}: {one.unavailable}" for one in runs if one.run.baseline))
     others = [one for one in runs if one.run.backbone]
-    num, reasons = f"skipped {len(others)} run{'s' * (len(others) != 1)}", {one.unavailable for one in others}
+    num, reasons = f"skipped {quantity(len(others), 'run')}", {one.unavailable for one in others}
     if len(reasons) > 1:
         names = ", ".join(dict.fromkeys(one.run.backbone or "" for one in others))
         return [*lines, f"{num}: {names} cannot be used here. `cellbench doctor` says why and what to do."]

@@ -19,7 +19,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
-from cellbench.errors import CellbenchError, Terminated
+from cellbench.errors import CellbenchError, Terminated, quantity
 from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.progress import Report
@@ -55,7 +55,7 @@ class ProcessExecutor:
         if num == 0:
             return
         machines = self._job.machine.shares(num)
-        runner.say(f"{num} worker{'s' * (num > 1)}, each {machines[0].name}.")
+        runner.say(f"{quantity(num, 'worker')}, each {machines[0].name}.")
         jobs = [
             replace(self._job, experiment=runner.experiment, machine=machine, disk_bytes=self._job.disk_bytes // num)
             for machine in machines

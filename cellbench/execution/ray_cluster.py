@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from cellbench.errors import CellbenchError, last_line, one_line
+from cellbench.errors import CellbenchError, last_line, one_line, quantity
 from cellbench.execution.worker_job import CohortWorker, JobSpec, apply_job_environment, check_same_version, code_version
 from cellbench.features.extractor import FeaturePass
 from cellbench.files import write_atomic
@@ -141,7 +141,7 @@ class ResourceRequest:
     @property
     def description(self) -> str:
         gpus = f"{self.gpus:g} of a GPU, " if self.gpus else ""
-        return f"{gpus}{self.cpus} core{'s' * (self.cpus > 1)} and {self.memory_bytes / 2**30:.1f} GiB of memory"
+        return f"{gpus}{quantity(self.cpus, 'core')} and {self.memory_bytes / 2**30:.1f} GiB of memory"
 
 
 def resources_for(params_m: float, machine: Hardware, gpu_share: float) -> ResourceRequest:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from cellbench.errors import CellbenchError, last_line
+from cellbench.errors import CellbenchError, last_line, quantity
 from cellbench.execution.claims import Outcome
 from cellbench.execution.planning import ResolvedRun
 from cellbench.execution.ray_cluster import (
@@ -48,7 +48,7 @@ class RayExecutor:
         job = replace(self._job, experiment=runner.experiment)
         workers = RayWorkers(self._ray, job, self._gpu_share, nodes, len(queue))
         num, cores = len(nodes), sum(node.get("CPU", 0) for node in nodes.values())
-        runner.say(f"Ray: {num} node{'s' * (num > 1)} with {cores:.0f} cores; a cohort gets {workers.job.machine.name}.")
+        runner.say(f"Ray: {quantity(num, 'node')} with {cores:.0f} cores; a cohort gets {workers.job.machine.name}.")
         queue.run(workers)
 
 
@@ -159,10 +159,7 @@ class RayWorkers:
             item.waits_for = frozenset(one.folder for one in cohort_passes)
         queue.waiting.extendleft(reversed(fills))
         if num := sum(len(fill.shards) for fill in fills):
-            say(
-                f"{num} shard{'s' * (num > 1)} of features, in {len(fills)} task{'s' * (len(fills) > 1)}; "
-                "a cohort starts when its own are complete."
-            )
+            say(f"{quantity(num, 'shard')} of features, in {quantity(len(fills), 'task')}; a cohort starts when its own are complete.")
 
     def _fills(self, item: WorkItem, passes: Sequence[FeaturePass], readers: list[str]) -> list[WorkItem]:
         """Splits passes into as many tasks as the cluster can run at once. The tasks skip existing shards."""

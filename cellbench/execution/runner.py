@@ -18,7 +18,17 @@ from cellbench.config.cards import BaselineCard
 from cellbench.config.experiment import Experiment
 from cellbench.data.audit import seen_images
 from cellbench.data.dataset import Dataset
-from cellbench.errors import CellbenchError, SystemFault, WeightsUnavailable, blaming, culprit_of, keeping_on, one_line, quote_name
+from cellbench.errors import (
+    CellbenchError,
+    SystemFault,
+    WeightsUnavailable,
+    blaming,
+    culprit_of,
+    keeping_on,
+    one_line,
+    quantity,
+    quote_name,
+)
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
 from cellbench.execution.baseline_evaluation import evaluate_function
@@ -264,7 +274,7 @@ class Runner:
             self.say(f"{title}: skipped: {reason}")
             return
         num_views = features.plan.num_views
-        what = f"{runs[0].backbone or runs[0].baseline}, {len(runs)} run{'s' if len(runs) > 1 else ''}"
+        what = f"{runs[0].backbone or runs[0].baseline}, {quantity(len(runs), 'run')}"
         self.say(f"{title}: {what}, {num_views} tiles an epoch, {features.source}.")
         epochs = max(run.epochs - trainer.epoch for run, trainer in zip(runs, trainers, strict=True))
         tiles = {split: sum(len(features.grid(split, k)) for k in range(len(features.pixels[split]))) for split in ("val", "test")}
@@ -368,7 +378,7 @@ class Runner:
         if not runs:
             return
         self.say(
-            f"{title}: {len(runs)} run{'s' * (len(runs) != 1)} tested on {len({name for one in runs for name in one.lacks})} more sets of images."
+            f"{title}: {quantity(len(runs), 'run')} tested on {len({name for one in runs for name in one.lacks})} more sets of images."
         )
         try_tests(runs, self._run_tests, out, self.say)
         release_memory()

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cellbench.errors import CellbenchError, one_line
+from cellbench.errors import CellbenchError, one_line, quantity
 from cellbench.reporting.grouping import group_models
 from cellbench.reporting.model_groups import FinishedRun, TestSet
 from cellbench.reporting.shift import read_further
@@ -91,11 +91,13 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
             else:
                 num_open += 1
         if only is None and (num := tracker.num_deleted()):
-            left_out.append(f"{_runs(num)} of '{tracker.name}' {_were(num)} deleted in MLflow and {_are(num)} left out.")
+            left_out.append(f"{quantity(num, 'run')} of '{tracker.name}' {_were(num)} deleted in MLflow and {_are(num)} left out.")
     if num_open:
-        left_out.append(f"{_runs(num_open)} {_are(num_open)} not finished: running, pruned or interrupted.")
+        left_out.append(f"{quantity(num_open, 'run')} {_are(num_open)} not finished: running, pruned or interrupted.")
     if num_foreign:
-        left_out.append(f"{_runs(num_foreign)} in the experiment {_are(num_foreign)} not cellbench's and {_are(num_foreign)} ignored.")
+        left_out.append(
+            f"{quantity(num_foreign, 'run')} in the experiment {_are(num_foreign)} not cellbench's and {_are(num_foreign)} ignored."
+        )
     if not tested:
         found = f"{num_finished} finished without usable scores" if num_finished else "no finished run"
         why = f" ({left_out[0]})" if left_out else ""
@@ -107,7 +109,7 @@ def collect_runs(trackers: Sequence[Tracker], only: Collection[str] | None = Non
     unique = {(run.per_image["dataset"], *sorted(run.record.params.items())): run for run in tested}
     if num := len(tested) - len(unique):
         left_out.append(
-            f"{_runs(num)} {_are(num)} left out: later ones have the same settings, with other weights, cards or code, or a newer version."
+            f"{quantity(num, 'run')} {_are(num)} left out: later ones have the same settings, with other weights, cards or code, or a newer version."
         )
     parents.sort(key=lambda run: run.last_s)
     started_s = {run.tags[DATA]: run.last_s for run in parents if DATA in run.tags}
@@ -164,10 +166,6 @@ def _per_image(tracker: Tracker, run: RunRecord) -> dict[str, Any] | str:
         return read_scores(data)
     except ValueError as error:
         return f"its per_image.json is damaged ({one_line(error)[:160]})"
-
-
-def _runs(num: int) -> str:
-    return f"{num} run{'s' * (num != 1)}"
 
 
 def _are(num: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from cellbench.errors import quantity
 from cellbench.metrics.counting import CountRow
 from cellbench.reporting.leaderboard import format_interval, format_number
 from cellbench.reporting.model_groups import ModelGroup
@@ -32,7 +33,7 @@ def describe_counts(rows: Sequence[CountRow]) -> list[str]:
     lines = []
     for label, one in agreements(rows).items():
         some = [row for row in rows if row.label == label]
-        total = f"{sum(row.predicted for row in some):,} counted, {sum(row.true for row in some):,} there, in {one.num} {unit}{'s' * (one.num != 1)}"
+        total = f"{sum(row.predicted for row in some):,} counted, {sum(row.true for row in some):,} there, in {quantity(one.num, unit)}"
         ends = format_interval(one.bias.low, one.bias.high, one.bias.rough, "+.2f")
         bias = f"bias {one.bias.mean:+.2f}{f' (95 % {ends})' if ends else ''} {'a' if unit == 'region' else 'an'} {unit}"
         limits = format_interval(one.low, one.high, False, "+.2f")

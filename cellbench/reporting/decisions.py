@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cellbench.errors import first_names
+from cellbench.errors import first_names, quantity
 from cellbench.reporting.leaderboard import format_p
 from cellbench.reporting.learning_curves import LearningCurve
 from cellbench.reporting.model_groups import ModelGroup, TestSet
@@ -43,7 +43,7 @@ def describe_power(here: TestSet) -> str:
         return ""
     what = "test images" if here.unit == "image" else "groups of test images"
     if here.num_units < FEWEST:
-        return f"At least {fewest_units(here.num_pairs)} {what} are needed for {here.num_pairs} pair{'s' * (here.num_pairs > 1)} of models."
+        return f"At least {fewest_units(here.num_pairs)} {what} are needed for {quantity(here.num_pairs, 'pair')} of models."
     needed = images_needed(here, tied[0])
     if needed is None:
         return f"With this spread more than {MOST_IMAGES:,} {what} would be needed to decide between the two."

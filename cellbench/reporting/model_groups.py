@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from cellbench.errors import quantity
 from cellbench.metrics import catalog
 from cellbench.metrics.calibration import pooled_calibration
 from cellbench.metrics.catalog import Metric
@@ -238,7 +239,7 @@ class TestSet:
         if self.num_folds:
             size = f"{len(self.images)} images in {self.num_folds} folds"
         else:
-            size = describe_sizes(self.num_images) or f"{len(self.images)} test image{'s' * (len(self.images) != 1)}"
+            size = describe_sizes(self.num_images) or quantity(len(self.images), "test image")
         return f"{self.dataset}: {size}{describe_limit(self.limit)}"
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from cellbench.errors import quantity
 from cellbench.metrics import catalog
 from cellbench.metrics.counting import counts_by_label
 from cellbench.metrics.instance import COUNTS, describe_outcomes
@@ -80,7 +81,7 @@ def build_report(results: ExperimentResults) -> ReportData:
     ]
     verdict = conclude(results, rows, leading.shift)
     num_models = sum(len(here.models) for here in results.sets)
-    size = f"{num_models} model{'s' * (num_models != 1)}, {results.num_runs} runs"
+    size = f"{quantity(num_models, 'model')}, {results.num_runs} runs"
     return ReportData(
         title=results.experiment,
         subtitle=f"{first.description} · {size} · {time.strftime('%Y-%m-%d %H:%M')}",
@@ -307,7 +308,8 @@ class _TestSetReport:
                 name=name,
                 png=images[name],
                 photo=name not in captions,
-                caption=captions.get(name) or f"The {name} of {_num_images(sizes.get(name, num))} {of}{_example_facts(run, name)}.",
+                caption=captions.get(name)
+                or f"The {name} of {quantity(sizes.get(name, num), 'test image')} {of}{_example_facts(run, name)}.",
             )
             for name in names
             if name in images
@@ -322,10 +324,6 @@ class _TestSetReport:
         if self.shift is not None:
             tables["shift"] = shift_rows(self.shift)
         return [self.table(name, rows) for name, rows in tables.items() if rows]
-
-
-def _num_images(num: int) -> str:
-    return f"{num} test image{'s' * (num != 1)}"
 
 
 def _example_facts(run: FinishedRun, which: str) -> str:

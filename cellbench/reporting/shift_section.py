@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cellbench.errors import quantity
 from cellbench.metrics.calibration import expected_calibration_error
 from cellbench.reporting.difference_sentences import describe_outcome
 from cellbench.reporting.leaderboard import format_interval, format_number, format_p_cell
@@ -101,7 +102,7 @@ def _further(here: TestSet) -> list[Block]:
         one = d.get(model.name)
         row += [f"{one.interval.mean:+.4f}", format_p_cell(one.p_adjusted), describe_outcome(one)] if one else ["", "", "best"]
         rows.append(row)
-    heading = f"{here.dataset}: {len(here.images)} image{'s' * (len(here.images) != 1)}"
+    heading = f"{here.dataset}: {quantity(len(here.images), 'image')}"
     return [Heading(heading), Table(headings=("model", "Dice/image", "95 %", "minus the best", "p (adjusted)", "verdict"), rows=rows)]
 
 

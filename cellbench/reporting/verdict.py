@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cellbench.config.experiment import UNCHANGED
 from cellbench.config.registry import Registry
-from cellbench.errors import first_names
+from cellbench.errors import first_names, quantity
 from cellbench.reporting.collect import ExperimentResults
 from cellbench.reporting.decisions import (
     corrected_score,
@@ -91,7 +91,7 @@ def describe_best(here: TestSet) -> list[str]:
     name = f"{best.name}{kind}"
     span = f" ({format_span(interval, 3)})" if interval.low is not None else ""
     corrected = f"; {text}" if (text := describe_correction(here)) else ""
-    first = f"Best on average is {name}: Dice {interval.mean:.3f}{span} over {num} image{'s' * (num != 1)}{groups}{corrected}."
+    first = f"Best on average is {name}: Dice {interval.mean:.3f}{span} over {quantity(num, 'image')}{groups}{corrected}."
     return [first, describe_evidence(here)]
 
 
@@ -102,7 +102,7 @@ def describe_shift(shift: Shift) -> list[str]:
         APPEARANCE: len(shift.of_kind(APPEARANCE)),
         "further test set": len(shift.of_kind(FURTHER)),
     }
-    counted = _and([f"{num} {what}{'s' * (num > 1)}" for what, num in parts.items() if num])
+    counted = _and([quantity(num, what) for what, num in parts.items() if num])
     best, safest = shift.models[0], shift.safest
     low, high = shift.lowest(best), shift.lowest(safest)
     where = f"{high.mean(safest):.3f} ({high.name})"
@@ -301,7 +301,7 @@ def list_test_sets(sets: Sequence[TestSet]) -> list[str]:
     ]
     for here in sets:
         num, when = sum(len(model.runs) for model in here.models), time.strftime("%Y-%m-%d %H:%M", time.localtime(here.last_s))
-        out.append(f"{here.description}; data {here.digest}, last run {when}: {num} run{'s' * (num != 1)}, best {here.best.name}.")
+        out.append(f"{here.description}; data {here.digest}, last run {when}: {quantity(num, 'run')}, best {here.best.name}.")
     return out
 
 

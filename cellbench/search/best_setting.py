@@ -7,6 +7,7 @@ from dataclasses import replace
 from cellbench.config.search_space import Space
 from cellbench.console import say
 from cellbench.data.dataset import SPLITS
+from cellbench.errors import quantity
 from cellbench.execution.grid import Executor, run_all
 from cellbench.execution.planning import resolve_tree
 from cellbench.execution.runner import Runner
@@ -32,9 +33,7 @@ def test_best(space: Space, study: Study, runner: Runner, machine: Hardware, run
     single = {one.name for one in runs if one.run.ensemble == "none"}
     found = ", ".join(f"{name} {value:.4f}" for name, value in zip(space.settings.objectives, best[0].values, strict=True))
     setting = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in best[0].point.items())
-    say(
-        f"best is trial {best[0].number}: {found} ({setting}). It is now trained with {len(single)} seed{'s' * (len(single) > 1)} and tested."
-    )
+    say(f"best is trial {best[0].number}: {found} ({setting}). It is now trained with {quantity(len(single), 'seed')} and tested.")
     if len(space.settings.objectives) > 1:
         say(f"{len(best)} trials are on the front of {' and '.join(space.settings.objectives)}: figures/pareto.png, trials.csv.")
     outcome = run_all(runner, runs, executor)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, quantity
 from cellbench.metrics.pixel import nan_mean
 from cellbench.statistics.bootstrap import RESAMPLES, bootstrap_intervals, unit_numbers, unit_sums
 from cellbench.statistics.hypothesis_tests import DECIMALS, describe_undecidable, fold_test, holm_adjust, is_decidable, wilcoxon_test
@@ -204,10 +204,10 @@ def _differences(
         filled = here.num_filled[local[i]] + here.num_filled[local[j]]
         if filled and filled < 2 * num_images:
             notes.append(
-                f"{filled} image{'s' * (filled > 1)} without a cell where only one of the two predicts a cell: the other scores best there"
+                f"{quantity(filled, 'image')} without a cell where only one of the two predicts a cell: the other scores best there"
             )
         if num_dropped:
-            notes.append(f"{num_dropped} image{'s' * (num_dropped > 1)} that only one of the two has: left out")
+            notes.append(f"{quantity(num_dropped, 'image')} that only one of the two has: left out")
         if ties == num_images:
             notes.append("the same score on every image")
         if effect[n] * interval.mean < 0 and interval.excludes_zero:

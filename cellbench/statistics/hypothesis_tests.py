@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 from scipy.special import ndtr, stdtr
 
+from cellbench.errors import quantity
 from cellbench.statistics.bootstrap import unit_numbers, unit_sums
 
 DECIMALS = 12  # decimals to which scores are rounded, so that the last bit of a mean over seeds does not break a tie
@@ -36,8 +37,7 @@ def is_decidable(num_units: int, num_tests: int = 1, alpha: float = 0.05) -> boo
 
 def describe_undecidable(num_units: int, num_tests: int = 1, unit: str = "image") -> str:
     """A clause that says that no difference can be significant, and why."""
-    plural = "s" * (num_units != 1)
-    units = f"{num_units} test image{plural}" if unit == "image" else f"{num_units} group{plural} of test images"
+    units = quantity(num_units, "test image") if unit == "image" else f"{quantity(num_units, 'group')} of test images"
     over = f" over {num_tests} pairs" if num_tests > 1 else ""
     return f"with {units} no difference can be significant (p{over} cannot fall below {smallest_p(num_units, num_tests):.2g})"
 

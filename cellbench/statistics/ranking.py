@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cellbench.errors import CellbenchError
+from cellbench.errors import CellbenchError, quantity
 from cellbench.metrics.pixel import impute_missing
 from cellbench.statistics.comparison import align_images, compare_all
 from cellbench.statistics.hypothesis_tests import DECIMALS, describe_undecidable, is_decidable, midranks
@@ -63,7 +63,7 @@ def critical_difference(models: Sequence[ModelScores], *, num_tests: int | None 
     plural = "s" * (num_units > 1)
     notes = list(dict.fromkeys(note for m in models for note in m.notes))
     if num_dropped := len(set().union(*(m.images for m in models))) - len(set.intersection(*(set(m.images) for m in models))):
-        notes.append(f"{num_dropped} image{'s' * (num_dropped > 1)} that not every model has: left out")
+        notes.append(f"{quantity(num_dropped, 'image')} that not every model has: left out")
     test, statistic, p, critical = "Wilcoxon" if num_models == 2 else "Friedman", None, None, None
     num_tests = num_models * (num_models - 1) // 2 if num_tests is None else num_tests
     if num_units == 1:

@@ -14,7 +14,7 @@ from cellbench.data.audit.image_statistics import SampleFacts
 from cellbench.data.audit.keypoint_matching import find_same_images, find_shared_regions
 from cellbench.data.audit.mask_placement import check_placement
 from cellbench.data.audit.perceptual_hash import connected_groups
-from cellbench.errors import first_names
+from cellbench.errors import first_names, quantity
 
 
 class Severity(enum.Enum):
@@ -49,7 +49,7 @@ def too_few(num_images: int) -> list[Finding]:
     """The finding that a set has too few images to compare models on, whichever of them are tested."""
     if num_images >= FEWEST_IMAGES:
         return []
-    images = f"{num_images} image{'s' * (num_images != 1)}"
+    images = quantity(num_images, "image")
     message = f"With {images} no difference between models can be significant: {FEWEST_IMAGES} are the least, 30 are better."
     return [Finding(kind=TOO_FEW, severity=Severity.SEVERE, message=message, images=("the whole set",))]
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cellbench.errors import CellbenchError, first_names
+from cellbench.errors import CellbenchError, first_names, quantity
 from cellbench.models.backbones.weight_files import check_types
 
 # The patch embedding (or a ConvNet's stem) shows under which prefix a file holds the network.
@@ -173,4 +173,4 @@ def load_strictly(net: nn.Module, state: dict[str, Tensor], where: str) -> None:
 
 
 def _keys(names: Sequence[str]) -> str:
-    return f"{len(names)} key{'s' * (len(names) != 1)} ({first_names(names, 5)})"
+    return f"{quantity(len(names), 'key')} ({first_names(names, 5)})"
