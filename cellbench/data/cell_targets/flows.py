@@ -20,6 +20,8 @@ from cellbench.metrics.instances import Instances
 
 LARGEST_PX = 32
 """Side of the squares in which heat is spread; larger cells are shrunk to it, since their flows are smooth."""
+NARROWEST_PX = 4
+"""Cells are shrunk less where they would become narrower: along a rod of one pixel no flow leads to its middle line."""
 
 
 class _Vectors(CellTarget):
@@ -55,7 +57,10 @@ class Flows(_Vectors):
         for number, box in enumerate(ndimage.find_objects(cells.ids), 1):
             if box is not None:
                 square = _Square(number, box, cells.ids[box] == number)
-                by_side.setdefault(square.side, []).append(square)
+                if max(square.small.shape) <= LARGEST_PX:
+                    by_side.setdefault(square.side, []).append(square)
+                else:
+                    out[box][square.mask] = square.enlarged(_flow_of_narrow(square.small))[square.mask]
         for side, squares in by_side.items():  # cells of similar size together
             masks = np.zeros((len(squares), side + 2, side + 2), bool)
             for mask, square in zip(masks, squares, strict=True):
@@ -88,11 +93,14 @@ class CentreOffsets(_Vectors):
 
 
 class _Square:
-    """A cell in its bounding box, shrunk by a whole number until it fits into ``LARGEST_PX``."""
+    """A cell in its bounding box, shrunk by a whole number until it fits into ``LARGEST_PX``, unless it is too narrow for that."""
 
     def __init__(self, number: int, box: tuple[slice, slice], mask: np.ndarray) -> None:
         self.number, self.box, self.mask = number, box, mask
         self._step = -(-max(mask.shape) // LARGEST_PX)
+        if self._step > 1:
+            width_px = int(2 * ndimage.distance_transform_edt(np.pad(mask, 1)).max() - 1)
+            self._step = min(self._step, max(1, width_px // NARROWEST_PX))
         self.small = mask
         if self._step > 1:
             padded = np.pad(mask, [(0, -length % self._step) for length in mask.shape])
@@ -125,6 +133,24 @@ def _flows(masks_NSS: np.ndarray) -> np.ndarray:
     flow[:, :, 1:-1, 1] = heat[:, :, 2:] - heat[:, :, :-2]
     flow /= np.linalg.norm(flow, axis=3, keepdims=True) + 1e-60
     return flow * masks_NSS[..., None]
+
+
+def _flow_of_narrow(mask: np.ndarray) -> np.ndarray:
+    """The same (h, w, 2) of one mask. Heat is in its pixels only: they are few in the box, and at its ends heat is too low for running sums."""
+    padded = np.pad(mask, 1)
+    places = np.flatnonzero(padded)
+    order = np.full(padded.size, len(places))
+    order[places] = np.arange(len(places))
+    y, x = np.divmod(places, padded.shape[1])
+    neighbours = np.stack([order[places + down * padded.shape[1] + right] for down in (-1, 0, 1) for right in (-1, 0, 1)])
+    heat, centre = np.zeros(len(places) + 1), order.reshape(padded.shape)[1:-1, 1:-1][_median_pixel(mask)]
+    for _ in range(2 * int(np.ptp(y) + np.ptp(x) + 2) + 4):
+        heat[centre] += 1
+        heat[:-1] = heat[neighbours].sum(0) / 9
+    above, left, right, below = (heat[neighbours[k]] for k in (1, 3, 5, 7))
+    out: np.ndarray = np.zeros((*mask.shape, 2))
+    out[y - 1, x - 1] = np.stack([below - above, right - left], axis=1)
+    return out / (np.linalg.norm(out, axis=2, keepdims=True) + 1e-60)
 
 
 def _median_pixel(mask: np.ndarray) -> tuple[int, int]:

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from cellbench.data.cell_targets.flows import CentreOffsets, Flows
+from cellbench.metrics.flow_basins import FlowBasins
+from cellbench.metrics.instance import instance_scores
 from cellbench.metrics.instances import Instances, numbered_instances
 
 
@@ -45,6 +47,20 @@ def test_flows_are_those_of_heat_in_each_cell_alone():
     for number, least in ((1, 0.999), (2, 0.95), (3, 0.95)):  # larger ones are computed on blocks
         mask = one.ids == number
         assert (found * spread(mask)).sum(2)[mask].mean() > least
+
+
+@pytest.mark.parametrize(("slope", "half_width_px"), [(0.0, 5), (0.0, 3), (1.0, 4)])
+def test_long_and_narrow_cells_side_by_side_keep_flows_to_their_middle_lines(slope, half_width_px):
+    y, x = np.mgrid[:170, :160]
+    across = (y - slope * x - 5 * half_width_px) / math.hypot(1, slope)
+    ids = (np.abs(across) < half_width_px).astype(np.int32) + 2 * ((across >= half_width_px) & (across < 3 * half_width_px))
+    one = numbered_instances(ids, (ids > 0).astype(np.uint8))
+    found = Flows().vectors(one)
+    for number in (1, 2):
+        mask = ids == number
+        assert (found * spread(mask)).sum(2)[mask].mean() > 0.97
+    fields = np.rint((np.moveaxis(found, -1, 0) + 1) * 127.5).astype(np.uint8)
+    assert instance_scores(one, FlowBasins((ids > 0).astype(np.uint8), fields).instances(10, min_parting=0.1))["ap50"] == 1
 
 
 def test_flows_are_cellpose_s():
