@@ -32,7 +32,8 @@ from cellbench.metrics.instance import COUNTS, SCORES, describe_outcomes
 from cellbench.metrics.instances import MIN_AREA_NUMBERED_PX, MIN_AREA_PX
 from cellbench.metrics.pixel import count_empty_images, named_scores, nan_mean, per_image_scores, pixel_scores
 from cellbench.metrics.training_features import TrainingFeatures
-from cellbench.reporting.plots.pictures import draw_agreement, draw_curves, draw_example, draw_scores
+from cellbench.reporting.plots.by_name import draw_plot
+from cellbench.reporting.plots.example import draw_example
 from cellbench.statistics.bootstrap import ROUGH_BELOW, mean_interval, unit_labels
 from cellbench.tracking import ui_view
 from cellbench.tracking.schema import CALIBRATION, NOTE, SEEN, TABLES, TRAINING_FEATURES
@@ -194,20 +195,21 @@ def write_counts(folder: Path, rows: Sequence[CountRow]) -> None:
     if rows:
         (folder / COUNTS_TABLE).write_text(counts_csv(rows), encoding="utf-8")
         unit = "region" if any(row.region for row in rows) else "image"
-        write_pictures(folder, {"figures/counts.png": draw_agreement(counts_by_label(rows), unit)})
+        write_pictures(folder, {"figures/counts.png": draw_plot("counts:plot_agreement", counts_by_label(rows), unit)})
 
 
 def pictures(name: str, dataset: Dataset, pixels: ImageCache, result: EvaluationResult) -> dict[str, partial[bytes]]:
     """The pictures of an evaluated run by file name: calls that draw a PNG, also in another process."""
     drawings: dict[str, partial[bytes]] = {}
     if result.trainer is not None:
-        drawings["figures/curves.png"] = partial(draw_curves, result.trainer.history, result.trainer.best_epoch)
+        drawings["figures/curves.png"] = partial(draw_plot, "run:plot_curves", result.trainer.history, result.trainer.best_epoch)
     evaluation = result.evaluation
     pooled = pixel_scores(evaluation.counts.sum(0))
     by_class = {label: pooled.of(index) for index, label in enumerate(dataset.classes)}
     own = [one for one in evaluation.own_metrics if not one.unit]
     drawings["figures/scores.png"] = partial(
-        draw_scores,
+        draw_plot,
+        "run:plot_scores",
         name,
         evaluation.per_image(),
         by_class,

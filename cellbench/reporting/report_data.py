@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+from cellbench.reporting.plots.by_name import find_plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -43,14 +44,7 @@ class Figure:
 
     def draw(self, **named: object) -> Drawing:
         """The figure, laid out anew."""
-        drawing: Drawing = self._function(*self.arguments, **named)
-        return drawing
-
-    @property
-    def _function(self) -> Callable[..., Any]:
-        module, _, name = self.plot.partition(":")
-        function: Callable[..., Any] = getattr(importlib.import_module(f"cellbench.reporting.plots.{module}"), name)
-        return function
+        return find_plot(self.plot)(*self.arguments, **named)
 
     @cached_property
     def drawn(self) -> DrawnFigure:
@@ -61,7 +55,7 @@ class Figure:
         caption, width_px = " ".join(part for part in (style.get_caption(figure), self.note) if part), round(96 * figure.get_figwidth())
         picture = self._for_page(figure)
         png = style.to_png(figure, style.SHARP_DPI, self.note)
-        for_phones = "narrow" in inspect.signature(self._function).parameters
+        for_phones = "narrow" in inspect.signature(find_plot(self.plot)).parameters
         narrow = self._for_page(self.draw(narrow=True), narrow=True) if for_phones else b""
         return DrawnFigure(picture=picture, png=png, narrow=narrow, caption=caption, width_px=width_px)
 

@@ -58,7 +58,7 @@ def test_what_is_evaluated_is_kept_after_ctrl_c_in_the_next_cohort(question: Non
 
 
 def test_a_picture_that_cannot_be_drawn_fails_its_run(question: None, pictures: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artifacts, "draw_scores", math.sqrt)
+    monkeypatch.setattr(artifacts, "draw_plot", math.sqrt)
     assert main(GRID) == 1
     assert "finished" not in states().values()
     assert "running" not in states().values()
