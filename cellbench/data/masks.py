@@ -131,7 +131,11 @@ def mask_facts_of_cells(classes: np.ndarray, ids: np.ndarray, num_classes: int, 
 
 
 def off_values(labels: np.ndarray, classes: np.ndarray, values: Sequence[int], tolerance: int) -> np.ndarray:
-    """The pixels (H, W) bool whose value is farther than ``tolerance`` from ``values[class]``; ignored ones are not."""
+    """The pixels (H, W) bool whose value is farther than ``tolerance`` from ``values[class]``; ignored ones are not.
+
+    Class numbers 0, 1, 2 have no tolerance: it is below half of the least distance between two values.
+    """
+    tolerance = min(tolerance, (int(np.diff(np.sort(values)).min(initial=2**16)) - 1) // 2)
     known = np.array([*values, *[0] * (256 - len(values))], np.int32)
     return (np.abs(labels.astype(np.int32) - known[classes]) > tolerance) & (classes != IGNORE)
 

@@ -18,7 +18,7 @@ from cellbench.data.audit.image_statistics import measure_image
 from cellbench.data.dataset import Dataset
 from cellbench.data.io.images import labels_to_classes
 from cellbench.data.loading import open_dataset
-from cellbench.data.masks import MaskFacts, count_below, decide_meaning, mask_facts, min_cell_area
+from cellbench.data.masks import MaskFacts, count_below, decide_meaning, mask_facts, min_cell_area, off_values
 from cellbench.errors import CellbenchError
 from cellbench.execution import artifacts
 from cellbench.execution.artifacts import EvaluationResult
@@ -338,3 +338,10 @@ def test_statistics_of_a_set_leave_ignored_pixels_out(tmp_path: Path) -> None:
     data = opened(tmp_path / "own")
     assert measure_image(data, data.train[0]).cell_share == pytest.approx(shares.mean(), abs=1e-3)
     assert measure_image(data, data.train[0]).num_cells == 10
+
+
+def test_a_number_beyond_the_classes_is_no_class_and_noise_around_a_value_is():
+    labels = np.array([[0, 1, 3, 4, 10]])
+    assert off_values(labels, labels_to_classes(labels, (0, 1, 2, 3)), (0, 1, 2, 3), 20).tolist() == [[False, False, False, True, True]]
+    noisy = np.array([[11, 120, 140, 240, 90]])
+    assert off_values(noisy, labels_to_classes(noisy, (0, 128, 255)), (0, 128, 255), 20).tolist() == [[False, False, False, False, True]]
