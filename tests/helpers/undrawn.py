@@ -58,10 +58,11 @@ def blank(caption: str) -> DrawnFigure:
 
 def unrendered(figure: Figure) -> DrawnFigure:
     """In the place of Figure.drawn."""
+    from cellbench.reporting.plots.by_name import find_plot
     from cellbench.reporting.plots.style import get_caption
 
     caption = " ".join(part for part in (get_caption(figure.draw()), figure.note) if part)
-    if "narrow" in inspect.signature(figure._function).parameters:
+    if "narrow" in inspect.signature(find_plot(figure.plot)).parameters:
         figure.draw(narrow=True)
     return blank(caption)
 
