@@ -2,7 +2,7 @@
 
 They hold still as long as the numerics do. Where a change of code changes them on purpose, raise ``NUMERICS_VERSION`` and write new ones::
 
-    python tests/golden.py
+    python tests/helpers/golden.py
 
 The numbers were written on one processor, and another one rounds differently. Losses of a few steps then agree to about 1e-5 (in bf16 to
 1e-3), and masks to a few pixels. The tolerances are above that, and far below the effect of a change that matters. Scores of single cells may

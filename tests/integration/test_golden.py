@@ -13,7 +13,7 @@ WRITTEN = json.loads(golden.FILE.read_text())
 
 
 def test_the_written_numbers_are_of_these_numerics():
-    assert WRITTEN["numerics"] == NUMERICS_VERSION, "NUMERICS was raised: write new numbers with `python tests/golden.py`"
+    assert WRITTEN["numerics"] == NUMERICS_VERSION, "NUMERICS was raised: write new numbers with `python tests/helpers/golden.py`"
 
 
 @pytest.mark.parametrize("name", golden.GRIDS)
@@ -26,4 +26,4 @@ def test_a_grid_gives_the_written_numbers(name, tmp_path, monkeypatch):
         wrong = {
             k: (found[run][k], value) for k, value in row.items() if found[run][k] != pytest.approx(value, abs=golden.tolerance(name, k))
         }
-        assert not wrong, f"{run}: {wrong}. If the numerics changed on purpose, raise NUMERICS and run `python tests/golden.py`"
+        assert not wrong, f"{run}: {wrong}. If the numerics changed on purpose, raise NUMERICS and run `python tests/helpers/golden.py`"
