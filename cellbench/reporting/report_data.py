@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 from cellbench.reporting.plots.by_name import find_plot
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawing
-
     from cellbench.reporting.leaderboard import LeaderboardRow
+    from cellbench.reporting.plots.style import Figure as Drawing
 
 
 @dataclass(frozen=True, kw_only=True)
