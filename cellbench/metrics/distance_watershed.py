@@ -133,9 +133,10 @@ class _Flood:
         mask, self._flooded = self._mask, True
         self._step, self._basins, self._peaks = max(mask.shape), np.ones((1, 1), np.int32), np.zeros(2)
         self._saddles: list[tuple[float, int, int]] = []
-        if edge_px := np.count_nonzero(boundary_pixels(mask)):  # otherwise the mask is the whole image and has no distances
+        edge_px = np.count_nonzero(boundary_pixels(mask))
+        if edge_px or self._boundary_depth is not None:  # otherwise the mask is the whole image and has no distances
             # Twice the area over the outline's length is the radius of a disc, and the half-width of elongated shapes.
-            self._step = min(8, max(1, int(2 * np.count_nonzero(mask) / edge_px / BLOCKS)))
+            self._step = min(8, max(1, int(2 * np.count_nonzero(mask) / edge_px / BLOCKS))) if edge_px else 1
             full_hw, any_hw = _blocks(mask, self._step)
             if self._boundary_depth is not None:
                 distance = _means(np.where(mask, self._boundary_depth, 0), self._step)

@@ -77,6 +77,14 @@ def test_a_learned_boundary_depth_separates_cells_that_the_mask_alone_cannot():
     assert min(np.mean(found.ids[ids == number] == np.bincount(found.ids[ids == number]).argmax()) for number in (1, 2)) > 0.95
 
 
+def test_a_learned_boundary_depth_separates_cells_that_fill_the_image():
+    classes, ids = np.ones((60, 120), np.uint8), np.where(np.arange(120) < 60, 1, 2)[None].repeat(60, 0).astype(np.int32)
+    depth = encoded(classes, ids)[..., 1:]
+    found = DistanceWatershed(classes, np.moveaxis(depth, -1, 0)).instances(10, saddle_ratio=0.8)
+    assert found.num == 2
+    assert min(np.mean(found.ids[ids == number] == np.bincount(found.ids[ids == number]).argmax()) for number in (1, 2)) > 0.95
+
+
 def test_no_edge_is_where_a_cell_meets_ignored_pixels():
     ids = np.zeros((60, 60), np.int32)
     ids[20:41, 10:50] = 1
