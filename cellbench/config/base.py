@@ -67,4 +67,5 @@ def _error(record: type[BaseModel], error: ValidationError, where: str) -> Cellb
     message = first["msg"].removeprefix("Value error, ")
     given = "" if first["type"] == "value_error" and not path else f" = {first['input']!r:.100}"
     more = f" ({len(error.errors()) - 1} more like it.)" if len(error.errors()) > 1 else ""
-    return CellbenchError(f"{where}: {path}{given}: {message[:1].lower() + message[1:].rstrip('.')}.{more}")
+    what = f"{path}{given}: " if path or given else ""  # a rule on several settings has no path, and names them itself
+    return CellbenchError(f"{where}: {what}{message[:1].lower() + message[1:].rstrip('.')}.{more}")

@@ -178,6 +178,10 @@ def test_zoom_where_nothing_can_be_magnified_is_refused(settings: str, part: str
     assert part in refusal(GRID + f"[run]\nzoom = 0.3\n{settings}")
 
 
+def test_the_refusal_of_settings_that_do_not_go_together_begins_with_them() -> None:
+    assert refusal(GRID + "[run]\nlora_rank = 4").split(": ")[1].startswith("lora_rank = 4 is for the last blocks")
+
+
 def test_labels_are_unique_and_name_what_differs() -> None:
     runs = expand(experiment('baselines = ["otsu"]\n' + GRID + "lr = [0.1, 0.01]"))
     names = labels(runs)
