@@ -49,7 +49,10 @@ class Progress:
         if not sys.stderr.isatty() and time.monotonic() - self._said_s > EVERY_S and self._first < self._now < self.total:
             self._said_s = time.monotonic()
             here = self._now - self._first
-            left = f", about {past_s * (self.total - self._now) / here / 60:.0f} min left" if here >= LEAST_SHARE * self.total else ""
+            left = ""
+            if here >= LEAST_SHARE * self.total:
+                left_min = round(past_s * (self.total - self._now) / here / 60)
+                left = f", about {left_min} min left" if left_min else ", less than a minute left"
             self._say(f"{share:.0%} done{left}{self._doing}")
 
 

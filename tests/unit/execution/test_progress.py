@@ -39,8 +39,9 @@ def test_in_a_pipe_there_is_no_bar_but_a_line_now_and_then(monkeypatch: pytest.M
         monkeypatch.setattr(progress, "EVERY_S", 0.0)
         bar._start_s -= 60  # two in a minute
         bar.move(5)
+        bar.move(9)
     assert capsys.readouterr().err == ""
-    assert lines == ["50% done, about 2 min left (training)"]
+    assert lines == ["50% done, about 2 min left (training)", "90% done, less than a minute left (training)"]
 
 
 def test_the_time_left_is_not_said_from_the_first_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +52,7 @@ def test_the_time_left_is_not_said_from_the_first_steps(monkeypatch: pytest.Monk
         bar.move(4, "training")
         bar.move(20)
     assert lines[0] == "0% done (training)"
-    assert "min left" in lines[1]
+    assert " left" in lines[1]
 
 
 def test_a_search_shows_the_trials_of_all_processes_and_the_part_that_this_one_has_done() -> None:
