@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cellbench.config.run import RunSpec
-from cellbench.console import Column, format_table
+from cellbench.console import format_table, number_columns
 from cellbench.data.audit.keypoint_matching import find_shared_regions, keypoints
 from cellbench.data.audit.perceptual_hash import find_near_pairs, mean_pool, to_grey
 from cellbench.data.dataset import SPLITS, Dataset
@@ -178,7 +178,7 @@ def table(found: ScalingResult) -> str:
         for p in found.duplicates
     ]
     by_runs, by_images, by_compared = (
-        format_table([Column(heading, right=True) for heading in headings], rows)
+        format_table(number_columns(*headings), rows)
         for headings, rows in (
             (("runs", "wall s", "against one run", "s a run", "backbone s", "peak MiB"), runs),
             (("images", "wall s", "ms an image", "peak MiB"), images),

@@ -71,10 +71,8 @@ def write_onnx(path: Path, segmenter: Segmenter) -> float:
     network = _Network(segmenter).eval().float().to("cpu")
     side = segmenter.trained.preparation.framing.side_px
     pixels = torch.rand(3, 3, side, side, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = {
-            num: [out.numpy() for out in network(pixels[:num])] for num in (1, 3)
-        }  # before: what a network keeps from the export has no values
+    with torch.no_grad():  # before the export: what a network keeps from it has no values
+        expected = {num: [out.numpy() for out in network(pixels[:num])] for num in (1, 3)}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
@@ -124,12 +122,10 @@ def left_to_caller(trained: TrainedRun) -> list[str]:
 def write_readme(path: Path, trained: TrainedRun) -> None:
     """Writes what a user of ``model.onnx`` has to know beside it."""
     side, num, target = trained.preparation.framing.side_px, len(trained.classes), TARGETS[trained.run.targets]
-    fields = (
-        ""
-        if target is None
-        else f"""
-- output `fields`: (B, {target.num_fields}, {side}, {side}) float32, 0..1, in which single cells are found: {target.fields_meaning}"""
-    )
+    fields = ""
+    if target is not None:
+        shape = f"(B, {target.num_fields}, {side}, {side}) float32, 0..1"
+        fields = f"\n- output `fields`: {shape}, in which single cells are found: {target.fields_meaning}"
     steps = "\n".join(f"{k}. {step}" for k, step in enumerate(left_to_caller(trained), 1))
     text = f"""# {trained.name}
 

@@ -92,9 +92,15 @@ class OutputPaths:
 
     def files(self, wanted: OutputFormats) -> list[Path]:
         """The files to write, the mask last."""
-        chosen = {PROBABILITY: wanted.probability, OVERLAY: wanted.overlay, GEOJSON: wanted.geojson, INSTANCES: wanted.instances}
-        endings = [ending for ending, is_chosen in (chosen | {CELLS: wanted.instances}).items() if is_chosen]
-        return [output_path(self.stem, ending) for ending in (*endings, MASK)]
+        chosen = {
+            PROBABILITY: wanted.probability,
+            OVERLAY: wanted.overlay,
+            GEOJSON: wanted.geojson,
+            INSTANCES: wanted.instances,
+            CELLS: wanted.instances,
+            MASK: True,
+        }
+        return [output_path(self.stem, ending) for ending, is_chosen in chosen.items() if is_chosen]
 
     @property
     def before(self) -> dict[str, Any] | None:

@@ -28,12 +28,13 @@ def describe_errors(model: ModelGroup) -> list[str]:
     extra = f"{num['num_extra']:,} of {num['num_predicted']:,} predicted cells match no true cell"
     if not lost:
         return [f"{model.name} finds all {num['num_true']:,} cells of the test images{runs}; {extra}."]
-    first, *others = (f"{ERRORS[name]} ({num[name]:,})" for name in sorted(ERRORS, key=lambda name: -num[name]) if num[name])
+    kinds = [name for name in sorted(ERRORS, key=lambda name: -num[name]) if num[name]]
+    first, *others = (f"{ERRORS[name]} ({num[name]:,})" for name in kinds)
     then = f", then {' and '.join(others)}" if others else ""
     return [
         f"{model.name} does not find {lost:,} of {num['num_true']:,} cells ({lost / num['num_true']:.1%}{runs}). "
         f"Its most frequent error: {first}{then}. {extra}."
-        + (TEACH_FLOWS if first.startswith(ERRORS["num_merged"]) and _learns_classes_alone(model) else "")
+        + (TEACH_FLOWS if kinds[0] == "num_merged" and _learns_classes_alone(model) else "")
     ]
 
 

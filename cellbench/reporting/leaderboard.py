@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cellbench.console import WIDE, Column, format_table
+from cellbench.console import WIDE, Column, format_table, number_columns
 from cellbench.metrics import catalog
 from cellbench.metrics.catalog import Metric
 from cellbench.reporting.model_groups import ModelGroup, TestSet
@@ -188,8 +188,7 @@ def terminal_table(rows: Sequence[LeaderboardRow], own: Iterable[Metric] = (), *
         Column("Dice", right=True),
         Column("95 %", right=True, optional=1),
         Column("p vs best", right=True, optional=2),
-        *(Column(name, right=True, optional=1) for name in sets),
-        Column("lowest", right=True, optional=1),
+        *number_columns(*sets, "lowest", optional=1),
         Column("AP50", right=True, optional=3),
         Column("image/s", right=True, optional=4),
         Column("train s", right=True, optional=5),

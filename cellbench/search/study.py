@@ -112,6 +112,7 @@ class Study:
                 pruner=pruner,
             )
             self._check(dict(request))
+        self._beating = contextlib.ExitStack()
 
     # --- the storage --------------------------------------------------------------------------------------------------------------
 
@@ -176,12 +177,11 @@ class Study:
 
     def __enter__(self) -> Study:
         self._send_heartbeat()
-        self._beating = repeating(self._beat, BEAT_S, wait_s=5)
-        self._beating.__enter__()
+        self._beating.enter_context(repeating(self._beat, BEAT_S, wait_s=5))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._beating.__exit__(None, None, None)
+        self._beating.close()
 
     def _send_heartbeat(self) -> None:
         with self._storage_errors():
