@@ -1,7 +1,9 @@
 """Ensembles of the best few models of an experiment: their mean prediction in a row of its own, without training.
 
 The members are chosen by validation Dice, in each fold by its own validation images, never by the test. They may have different backbones, framings
-and cell targets, so that they share no features: each segments the images with its stored head, and the probabilities of whole images are averaged.
+and cell targets, so that they share no features: each segments the images with its stored head, and the probabilities of whole images are averaged. So are
+flows, distances and the like where all members learned the same; they are in units of the image, whatever the framing. Else cells are separated by
+watershed.
 """
 
 from __future__ import annotations
@@ -96,7 +98,8 @@ class _Ensemble:
     @property
     def fingerprint(self) -> str:
         digests = sorted(one.fingerprint for one, _ in self.members)
-        return facts_digest([ENSEMBLE, NUMERICS_VERSION, digests])
+        fields = ["fields"] if self._share_target and self.members[0][0].run.targets != "cell" else []  # not averaged by earlier versions
+        return facts_digest([ENSEMBLE, NUMERICS_VERSION, digests, *fields])
 
     def test(self) -> RunState:
         """The finished run; of an earlier call where the members are the same."""
@@ -151,6 +154,11 @@ class _Ensemble:
                 report=runner.report,
             )
 
+    @cached_property
+    def _share_target(self) -> bool:
+        """Whether the members learned the same target for cells, so that what they predict for it has a mean."""
+        return len({one.run.targets for one, _ in self.members}) == 1
+
     def _evaluated(self) -> EvaluationResult:
         dataset = self.runner.datasets[self.fold]
         pixels = {split: ImageCache(dataset, split, 2**28) for split in ("val", "test")}
@@ -162,7 +170,8 @@ class _Ensemble:
                 histograms.append(histogram(pixels["val"][image][1], one.cell))
                 yield image, [one]
 
-        separations = choose_separations(dataset, ["watershed"], answers())  # fields of different targets have no mean
+        method = self._opened[0][1].method if self._share_target else "watershed"
+        separations = choose_separations(dataset, [method], answers())
         own = catalog.own_metrics(self.runner.registry)
         with CohortEvaluator(dataset, 1, separations, own, calibrations=[Calibration.of(histograms)]) as evaluator:
             for image, one in self._blended("test"):
@@ -187,7 +196,15 @@ class _Ensemble:
                 )
             mean_KHW = np.mean([one.foreground for one in found], axis=0, dtype=np.float32) / np.float32(255)
             mean = torch.from_numpy(mean_KHW)
-            yield image, SegmentedImage(classes=argmax_classes(mean).numpy(), cell=to_uint8(mean.sum(0)).numpy())
+            fields = [one.fields for one in found if one.fields is not None]
+            yield (
+                image,
+                SegmentedImage(
+                    classes=argmax_classes(mean).numpy(),
+                    cell=to_uint8(mean.sum(0)).numpy(),
+                    fields=np.mean(fields, axis=0, dtype=np.float32).round().astype(np.uint8) if fields and self._share_target else None,
+                ),
+            )
 
     @cached_property
     def _opened(self) -> list[tuple[Features, SegmentationModel]]:
