@@ -196,15 +196,15 @@ class _Ensemble:
                 )
             mean_KHW = np.mean([one.foreground for one in found], axis=0, dtype=np.float32) / np.float32(255)
             mean = torch.from_numpy(mean_KHW)
-            fields = [one.fields for one in found if one.fields is not None]
-            yield (
-                image,
-                SegmentedImage(
-                    classes=argmax_classes(mean).numpy(),
-                    cell=to_uint8(mean.sum(0)).numpy(),
-                    fields=np.mean(fields, axis=0, dtype=np.float32).round().astype(np.uint8) if fields and self._share_target else None,
-                ),
-            )
+            classes, cell = argmax_classes(mean).numpy(), to_uint8(mean.sum(0)).numpy()
+            yield image, SegmentedImage(classes=classes, cell=cell, fields=self._mean_fields(found))
+
+    def _mean_fields(self, found: Sequence[SegmentedImage]) -> np.ndarray | None:
+        fields = [one.fields for one in found if one.fields is not None]
+        if not fields or not self._share_target:
+            return None
+        mean: np.ndarray = np.rint(np.mean(fields, axis=0, dtype=np.float32)).astype(np.uint8)
+        return mean
 
     @cached_property
     def _opened(self) -> list[tuple[Features, SegmentationModel]]:
