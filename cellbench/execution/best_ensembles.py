@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 from cellbench.config.run import NUMERICS_VERSION
+from cellbench.data.cell_targets.base import CellTarget
+from cellbench.data.cell_targets.catalog import TARGETS
 from cellbench.data.image_cache import ImageCache
 from cellbench.errors import CellbenchError, SystemFault, one_line, quote_name
 from cellbench.execution import artifacts
@@ -98,7 +100,7 @@ class _Ensemble:
     @property
     def fingerprint(self) -> str:
         digests = sorted(one.fingerprint for one, _ in self.members)
-        fields = ["fields"] if self._share_target and self.members[0][0].run.targets != "cell" else []  # not averaged by earlier versions
+        fields = ["fields"] if self._cell_target is not None else []  # not averaged by earlier versions
         return facts_digest([ENSEMBLE, NUMERICS_VERSION, digests, *fields])
 
     def test(self) -> RunState:
@@ -154,10 +156,11 @@ class _Ensemble:
                 report=runner.report,
             )
 
-    @cached_property
-    def _share_target(self) -> bool:
-        """Whether the members learned the same target for cells, so that what they predict for it has a mean."""
-        return len({one.run.targets for one, _ in self.members}) == 1
+    @property
+    def _cell_target(self) -> CellTarget | None:
+        """What all members learned beside the classes, so that it has a mean; None where they learned nothing or different things."""
+        first, *others = {one.run.targets for one, _ in self.members}
+        return None if others else TARGETS[first]
 
     def _evaluated(self) -> EvaluationResult:
         dataset = self.runner.datasets[self.fold]
@@ -170,7 +173,7 @@ class _Ensemble:
                 histograms.append(histogram(pixels["val"][image][1], one.cell))
                 yield image, [one]
 
-        method = self._opened[0][1].method if self._share_target else "watershed"
+        method = self._cell_target.method if self._cell_target is not None else "watershed"
         separations = choose_separations(dataset, [method], answers())
         own = catalog.own_metrics(self.runner.registry)
         with CohortEvaluator(dataset, 1, separations, own, calibrations=[Calibration.of(histograms)]) as evaluator:
@@ -200,9 +203,9 @@ class _Ensemble:
             yield image, SegmentedImage(classes=classes, cell=cell, fields=self._mean_fields(found))
 
     def _mean_fields(self, found: Sequence[SegmentedImage]) -> np.ndarray | None:
-        fields = [one.fields for one in found if one.fields is not None]
-        if not fields or not self._share_target:
+        if self._cell_target is None:
             return None
+        fields = [one.fields for one in found if one.fields is not None]
         mean: np.ndarray = np.rint(np.mean(fields, axis=0, dtype=np.float32)).astype(np.uint8)
         return mean
 
