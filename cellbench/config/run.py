@@ -100,7 +100,7 @@ class RunSpec(StrictModel):
     targets: Literal["cell", "cell+distance", "cell+border+distance", "flows", "stars", "hv"] = "cell"
     """What is learned beside the classes to find single cells: distances and borders, Cellpose's flows, StarDist's rays, HoVer-Net's maps."""
     unfreeze: Annotated[int, _COHORT] = Field(default=0, ge=0, le=100)
-    """Number of the backbone's last blocks that are also trained, as a copy for each run; earlier blocks stay frozen and shared."""
+    """Number of the backbone's last blocks, or stages of a pyramid, that are also trained, as a copy for each run; earlier ones stay frozen, shared."""
     tail_lr_scale: float = Field(default=0.01, gt=0, le=1)
     """The learning rate of the last block of an unfrozen tail, as a share of ``lr``."""
     layer_decay: float = Field(default=0.75, gt=0, le=1)

@@ -17,7 +17,10 @@ from cellbench.hardware import Hardware
 from cellbench.models.backbones.base import Backbone, Level
 
 TOKENS = -1
-"""The index of the last tokens of a partly trained backbone: a map (B, D, N, 1) of all N tokens, prefix tokens included, before any norm."""
+"""The index of the last tokens of a partly trained backbone: a map (B, D, N, 1) of all N tokens, prefix tokens included, before any norm.
+
+Of a pyramid the tokens are the places of a stage's map, row by row.
+"""
 
 
 class Spent(NamedTuple):
@@ -30,8 +33,8 @@ class Spent(NamedTuple):
 class FrozenBackbone:
     """The frozen part of a backbone on a device, and the levels that a cohort's heads read.
 
-    ``module`` is None for runs that only read pixels. With ``unfreeze = n`` it ends n blocks early and returns the tokens there (index
-    ``TOKENS``) and the earlier levels; the remaining blocks are the trainable tail of each run.
+    ``module`` is None for runs that only read pixels. With ``unfreeze = n`` it ends n blocks or stages early and returns the tokens there (index
+    ``TOKENS``) and the earlier levels; the rest is the trainable tail of each run.
     """
 
     def __init__(self, backbone: Backbone | None, machine: Hardware, num_levels: Iterable[int], unfreeze: int = 0) -> None:
@@ -99,7 +102,7 @@ class FrozenBackbone:
         size = 2 if self.machine.precision == torch.bfloat16 else 4
         places = sum(level.dim * _places(tile_px, level.stride_px) for level in self._picked)
         if self.unfreeze and self.module is not None:
-            last = self.module.levels[-1]
+            last = self.module.levels[self._end - 1]
             places += last.dim * (_places(tile_px, last.stride_px) + 16)  # class and register tokens: 9 at most in known networks
         return size * places
 

@@ -177,6 +177,11 @@ def build_model(run: RunSpec, card: HeadCard | BaselineCard, backbone: FrozenBac
         if tail is not None and run.lora_rank:
             tail = with_lora(tail, run.lora_rank)
         if tail is not None and run.pixel_adapter:
+            if backbone.module is not None and len({level.stride_px for level in backbone.module.levels}) > 1:
+                raise CellbenchError(
+                    f"pixel_adapter = {run.pixel_adapter}: it feeds the tokens of a plain transformer, and {run.backbone} is a pyramid, whose first "
+                    "levels see the pixels. Set pixel_adapter = 0."
+                )
             adapter = PixelAdapter(levels[-1].dim, run.pixel_adapter)
     num_frozen = len(backbone.module.levels) - run.unfreeze if backbone.module is not None else 0
     model = SegmentationModel(head, levels, tail, num_frozen, cell_target, CODES[run.tta], adapter)

@@ -91,14 +91,14 @@ class Backbone(nn.Module):
         Returns the maps at ``indices`` (all below ``num_blocks``), as :meth:`maps` gives them, and all tokens (B, N, D) that enter the next
         block, before any norm.
         """
-        raise CellbenchError(f"{type(self).__name__} cannot be cut between two blocks. Set unfreeze = 0, or take a plain transformer.")
+        raise CellbenchError(f"{type(self).__name__} cannot be cut between two blocks. Set unfreeze = 0, or take a backbone of timm.")
 
     def tail(self, num_blocks: int) -> nn.Module:
         """A trainable copy of the last ``num_blocks`` blocks and the final norm. Optional, for runs with ``unfreeze``.
 
         It is called as ``(tokens (B, N, D), indices, (h, w)) -> maps``.
         """
-        raise CellbenchError(f"{type(self).__name__} cannot be cut between two blocks. Set unfreeze = 0, or take a plain transformer.")
+        raise CellbenchError(f"{type(self).__name__} cannot be cut between two blocks. Set unfreeze = 0, or take a backbone of timm.")
 
     def train(self, mode: bool = True) -> Backbone:
         """Ignores ``mode``: frozen means eval mode, dropout and drop path included."""

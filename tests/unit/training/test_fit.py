@@ -14,6 +14,7 @@ from cohorts import FP32, Listener, baseline_of, dataset_of, features_of, fitted
 from PIL import Image
 from small_data import write_set
 
+from cellbench.errors import CellbenchError
 from cellbench.features.cache_admin import features_dir
 from cellbench.features.extractor import Batch
 from cellbench.hardware import Hardware
@@ -141,6 +142,22 @@ def test_an_unfrozen_tail_learns_and_the_backbone_does_not(dataset):
     fit([trainer], features)
     assert all(not torch.equal(x, before[name]) for name, x in trainer.model.tail.state_dict().items() if name.endswith("weight"))
     assert all(torch.equal(x, frozen[name]) for name, x in features.backbone.module.state_dict().items())
+
+
+def test_unfrozen_stages_of_a_pyramid_learn_beside_a_frozen_first_one(dataset):
+    run = run_of("fpn", backbone="efficientnet-lite0", unfreeze=4, tail_lr_scale=0.1)
+    features = features_of(dataset, [run])
+    trainer = trainers_of(dataset, [run], features)[0]
+    before = {name: x.clone() for name, x in trainer.model.tail.named_parameters()}
+    fit([trainer], features)
+    assert all(not torch.equal(x, before[name]) for name, x in trainer.model.tail.named_parameters() if name.endswith("weight"))
+    assert len(trainer.model.tail.blocks) == 4
+
+
+def test_a_pixel_adapter_is_refused_for_a_pyramid(dataset):
+    run = run_of("fpn", backbone="efficientnet-lite0", unfreeze=1, pixel_adapter=4)
+    with pytest.raises(CellbenchError, match="efficientnet-lite0 is a pyramid, whose first levels see the pixels. Set pixel_adapter = 0"):
+        trainers_of(dataset, [run], features_of(dataset, [run]))
 
 
 @pytest.mark.slow

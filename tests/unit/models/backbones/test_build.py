@@ -13,8 +13,9 @@ from dinov2_weights import published_state
 from small_data import SHARED
 
 from cellbench.config.registry import Registry
-from cellbench.errors import WeightsUnavailable
+from cellbench.errors import CellbenchError, WeightsUnavailable
 from cellbench.models.backbones.build import open_backbone, weights_digest
+from cellbench.models.backbones.timm_pyramid import TimmPyramid
 
 CARDS = {name: Registry().backbone(name) for name in Registry().names("backbones")}
 VIT_TINY = SHARED / "weights" / "vit_tiny_patch16_224.safetensors"
@@ -107,6 +108,44 @@ def test_the_packaged_efficientnet_gives_timms_own_features_of_an_independent_co
         for ours, theirs in zip(found, wanted, strict=True):
             normed = (theirs - theirs.mean(1, keepdim=True)) / (theirs.var(1, keepdim=True, unbiased=False) + 1e-6).sqrt()
             torch.testing.assert_close(ours, normed, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def normed(map_BDhw: torch.Tensor) -> torch.Tensor:
+    return (map_BDhw - map_BDhw.mean(1, keepdim=True)) / (map_BDhw.var(1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("name", "num_trained"), [*(("efficientnet-lite0", num) for num in (1, 2, 3, 4)), *(("convnext-tiny", num) for num in (1, 2, 3))]
+)
+def test_a_pyramid_cut_before_any_stage_gives_timms_maps_of_the_whole_network(name: str, num_trained: int) -> None:
+    backbone = open_backbone(card(name), download=False) if name == "efficientnet-lite0" else built(card(name))
+    x = torch.rand(2, 3, 96, 64, generator=torch.Generator().manual_seed(4))
+    num, indices = len(backbone.levels), tuple(range(len(backbone.levels)))
+    with torch.no_grad():
+        wanted = [normed(one) for one in backbone.net.forward_intermediates(x, intermediates_only=True, norm=False)]
+        frozen, tokens_BND = backbone.begin(x, indices[: num - num_trained], num - num_trained)
+        trained = backbone.tail(num_trained)(tokens_BND, indices[num - num_trained :], (3, 2))
+    for ours, theirs in zip([*frozen, *trained], wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_trained_stages_of_a_pyramid_give_a_tile_the_same_maps_in_any_batch() -> None:
+    tail = open_backbone(card("efficientnet-lite0"), download=False).tail(2).train()
+    x = torch.rand(3, 16, 40, generator=torch.Generator().manual_seed(4))
+    before = {key: value.clone() for key, value in tail.named_buffers()}
+    (alone,), (together,) = tail(x[:1], (4,), (1, 1)), tail(x, (4,), (1, 1))
+    torch.testing.assert_close(alone, together[:1], rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in tail.named_buffers())
+
+
+def test_a_pyramid_that_cannot_be_cut_is_refused_and_so_are_all_its_stages() -> None:
+    import timm
+
+    resnet = TimmPyramid(timm.create_model("resnet10t", pretrained=False), card("efficientnet-lite0"))
+    with pytest.raises(CellbenchError, match="ResNet cannot be cut between two stages. Set unfreeze = 0"):
+        resnet.tail(1)
+    with pytest.raises(CellbenchError, match="unfreeze = 5: the backbone has 5 stages, and at least the first must stay frozen"):
+        open_backbone(card("efficientnet-lite0"), download=False).tail(5)
 
 
 COST = """
