@@ -207,22 +207,19 @@ def expand(experiment: Experiment, where: str = "experiment", trained: Mapping[s
         for seed, fold in itertools.product(seeds, folds):
             own = experiment.baseline.get(baseline, {})
             runs.append(_run({**experiment.run, "seed": seed, "fold": fold, "baseline": baseline}, own, where, f"baseline.{baseline}"))
-    return runs + (_ensembles(runs, where) if experiment.ensemble_seeds else [])
+    return runs + (_ensembles(runs) if experiment.ensemble_seeds else [])
 
 
-def _ensembles(runs: Iterable[RunSpec], where: str) -> list[RunSpec]:
+def _ensembles(runs: Iterable[RunSpec]) -> list[RunSpec]:
     """An ensemble of each group of runs that differ in their seed only."""
     groups: dict[str, list[RunSpec]] = {}
     for run in runs:
         groups.setdefault(run.model_copy(update={"seed": 0}).model_dump_json(), []).append(run)
-    out = [
+    return [
         members[0].model_copy(update={"ensemble": ", ".join(str(run.seed) for run in members)})
         for members in groups.values()
         if len(members) > 1
     ]
-    if any(run.unfreeze for run in out):
-        raise CellbenchError(f"{where}: ensemble_seeds needs unfreeze = 0: the members of an ensemble share one frozen backbone.")
-    return out
 
 
 def _run(settings: Mapping[str, Any], own: Mapping[str, Any], where: str, table: str) -> RunSpec:

@@ -160,8 +160,6 @@ class RunSpec(StrictModel):
         for name in ("lora_rank", "pixel_adapter"):
             if (value := getattr(self, name)) and not self.unfreeze:
                 raise ValueError(f"{name} = {value} is for the last blocks of the backbone: set unfreeze to their number")
-        if self.ensemble != "none" and self.unfreeze:
-            raise ValueError("an ensemble shares one frozen backbone: it needs unfreeze = 0")
         return self
 
     @property

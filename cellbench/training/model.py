@@ -17,7 +17,7 @@ from cellbench.errors import CellbenchError, blaming, one_line
 from cellbench.features.extractor import Batch
 from cellbench.features.frozen_backbone import TOKENS, FrozenBackbone
 from cellbench.metrics.calibration import Calibration
-from cellbench.models.backbones.base import Level
+from cellbench.models.backbones.base import Backbone, Level
 from cellbench.models.backbones.lora import with_lora
 from cellbench.models.backbones.pixel_adapter import PixelAdapter
 from cellbench.models.fused_norm import FusedBatchNorm, with_fused_norms
@@ -28,7 +28,10 @@ from cellbench.training.test_time import CODES
 
 
 class SegmentationModel(nn.Module):
-    """A head, the levels that it reads, and the backbone's last blocks (the tail) if the run trains them."""
+    """A head, the levels that it reads, and the backbone's last blocks (the tail) if the run trains them.
+
+    Of an ensemble the head is an ``Ensemble``, and ``tail`` and ``adapter`` are lists of those of the members.
+    """
 
     def __init__(
         self,
@@ -38,7 +41,7 @@ class SegmentationModel(nn.Module):
         num_frozen: int = 0,
         cell_target: CellTarget | None = None,
         tta_codes: tuple[int, ...] = (0,),
-        adapter: PixelAdapter | None = None,
+        adapter: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.head, self.tail, self.adapter = head, tail, adapter
@@ -70,14 +73,34 @@ class SegmentationModel(nn.Module):
     def _scores(self, batch: Batch) -> Tensor:
         if self.tail is None:
             return self.head([batch.maps[level.index] for level in self._levels], batch.pixels)
+        if isinstance(self.head, Ensemble):
+            return self.head.mean(
+                member(self._maps(batch, tail, adapter), batch.pixels)
+                for member, (tail, adapter) in zip(self.head.members, self._tails, strict=True)
+            )
+        ((tail, adapter),) = self._tails
+        return self.head(self._maps(batch, tail, adapter), batch.pixels)
+
+    @property
+    def _tails(self) -> list[tuple[nn.Module, nn.Module | None]]:
+        """Each trained tail with its pixel adapter: one, or one for each member of an ensemble."""
+        if self.tail is None:
+            return []
+        if not isinstance(self.tail, nn.ModuleList):
+            return [(self.tail, self.adapter)]
+        adapters = [None] * len(self.tail) if self.adapter is None else list(cast(nn.ModuleList, self.adapter))
+        return list(zip(self.tail, adapters, strict=True))
+
+    def _maps(self, batch: Batch, tail: nn.Module, adapter: nn.Module | None) -> list[Tensor]:
+        """The maps of the head's levels, the deep ones from a trained tail."""
         deep = tuple(level.index for level in self._levels if level.index >= self._num_frozen)
         stride = self._levels[-1].stride_px
         places = (batch.pixels.shape[-2] // stride, batch.pixels.shape[-1] // stride)
         tokens_BND = batch.maps[TOKENS].squeeze(-1).transpose(1, 2)
-        if self.adapter is not None:
-            tokens_BND = self.adapter(tokens_BND, batch.pixels, places)
-        maps = dict(zip(deep, self.tail(tokens_BND, deep, places), strict=True))
-        return self.head([maps[level.index] if level.index in maps else batch.maps[level.index] for level in self._levels], batch.pixels)
+        if adapter is not None:
+            tokens_BND = adapter(tokens_BND, batch.pixels, places)
+        maps = dict(zip(deep, tail(tokens_BND, deep, places), strict=True))
+        return [maps[level.index] if level.index in maps else batch.maps[level.index] for level in self._levels]
 
     def decode(self, batch: Batch) -> Tensor:
         """As :meth:`forward`, in eval mode and deterministic."""
@@ -113,18 +136,23 @@ class SegmentationModel(nn.Module):
         """
         adapter = [] if self.adapter is None else list(self.adapter.parameters())
         groups: list[dict[str, Any]] = [{"params": [*self.head.parameters(), *adapter], "share": 1.0}]
-        if self.tail is not None and run.lora_rank:
-            groups.append({"params": [p for p in self.tail.parameters() if p.requires_grad], "share": 1.0})
-        elif self.tail is not None:
-            blocks = list(cast(nn.ModuleList, self.tail.blocks))
-            groups.append({"params": list(cast(nn.Module, self.tail.norm).parameters()), "share": run.tail_lr_scale})
-            for back, block in enumerate(reversed(blocks)):
+        for tail, _ in self._tails:
+            if run.lora_rank:
+                groups.append({"params": [p for p in tail.parameters() if p.requires_grad], "share": 1.0})
+                continue
+            groups.append({"params": list(cast(nn.Module, tail.norm).parameters()), "share": run.tail_lr_scale})
+            for back, block in enumerate(reversed(list(cast(nn.ModuleList, tail.blocks)))):
                 groups.append({"params": list(block.parameters()), "share": run.tail_lr_scale * run.layer_decay**back})
         return groups
 
     def state_of(self, members: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The state of an ensemble, from those of the models of its members."""
-        return {name.replace("head.", f"head.members.{k}.", 1): x for k, state in enumerate(members) for name, x in state.items()}
+        out = {}
+        for k, state in enumerate(members):
+            for name, x in state.items():
+                part, rest = name.split(".", 1)
+                out[f"head.members.{k}.{rest}" if part == "head" else f"{part}.{k}.{rest}"] = x
+        return out
 
     @property
     def method(self) -> str:
@@ -170,20 +198,28 @@ def build_model(run: RunSpec, card: HeadCard | BaselineCard, backbone: FrozenBac
         raise CellbenchError(
             f'adapt = "batchnorm": {card.id} has no batch norm. Leave adapt out for it, as in [head.{card.id}] adapt = "none".'
         )
-    tail = backbone.module.tail(run.unfreeze) if run.unfreeze and backbone.module is not None else None
-    adapter = None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)
-        if tail is not None and run.lora_rank:
-            tail = with_lora(tail, run.lora_rank)
-        if tail is not None and run.pixel_adapter:
-            if backbone.module is not None and len({level.stride_px for level in backbone.module.levels}) > 1:
-                raise CellbenchError(
-                    f"pixel_adapter = {run.pixel_adapter}: it feeds the tokens of a plain transformer, and {run.backbone} is a pyramid, whose first "
-                    "levels see the pixels. Set pixel_adapter = 0."
-                )
-            adapter = PixelAdapter(levels[-1].dim, run.pixel_adapter)
+    trained = [_trained_part(run, member.seed, backbone.module) for member in run.members] if run.unfreeze and backbone.module else []
+    tails, adapters = [tail for tail, _ in trained], [adapter for _, adapter in trained if adapter is not None]
     num_frozen = len(backbone.module.levels) - run.unfreeze if backbone.module is not None else 0
-    model = SegmentationModel(head, levels, tail, num_frozen, cell_target, CODES[run.tta], adapter)
+    model = SegmentationModel(head, levels, _one_or_list(tails), num_frozen, cell_target, CODES[run.tta], _one_or_list(adapters))
     model.tunes_edges = run.edge_cells == "tuned"
     return model.to(backbone.machine.device).to(memory_format=torch.channels_last)
+
+
+def _trained_part(run: RunSpec, seed: int, backbone: Backbone) -> tuple[nn.Module, PixelAdapter | None]:
+    """The backbone's last blocks as a run trains them, and its pixel adapter."""
+    if run.pixel_adapter and len({level.stride_px for level in backbone.levels}) > 1:
+        raise CellbenchError(
+            f"pixel_adapter = {run.pixel_adapter}: it feeds the tokens of a plain transformer, and {run.backbone} is a pyramid, whose first "
+            "levels see the pixels. Set pixel_adapter = 0."
+        )
+    tail = backbone.tail(run.unfreeze)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if run.lora_rank:
+            tail = with_lora(tail, run.lora_rank)
+        return tail, PixelAdapter(backbone.levels[-1].dim, run.pixel_adapter) if run.pixel_adapter else None
+
+
+def _one_or_list(modules: Sequence[nn.Module]) -> nn.Module | None:
+    return None if not modules else modules[0] if len(modules) == 1 else nn.ModuleList(modules)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,12 @@ class Ensemble(Head):
         self._num = members[0].num_classes - num_extra
 
     def forward(self, maps: list[Tensor], pixels_BCHW: Tensor) -> Tensor:
+        return self.mean(member(maps, pixels_BCHW) for member in self.members)
+
+    def mean(self, scores: Iterable[Tensor]) -> Tensor:
+        """The scores (B, K, H, W), of those of each member."""
         classes, extra = torch.empty(0), torch.empty(0)
-        for k, member in enumerate(self.members):
-            scores = member(maps, pixels_BCHW).float()
-            own, more = scores[:, : self._num].log_softmax(1), scores[:, self._num :]
+        for k, one in enumerate(scores):
+            own, more = one[:, : self._num].float().log_softmax(1), one[:, self._num :].float()
             classes, extra = (torch.logaddexp(classes, own), extra + more) if k else (own, more)
         return torch.cat([classes - math.log(len(self.members)), extra / len(self.members)], 1)

@@ -166,10 +166,6 @@ def test_an_ensemble_of_anything_but_several_seeds_is_refused(text: str) -> None
     assert "seeds like" in refusal(f'[grid]\nbackbone = ["uni"]\nhead = ["fpn"]\n[run]\nensemble = "{text}"')
 
 
-def test_an_ensemble_with_a_trained_backbone_is_refused() -> None:
-    assert "unfreeze = 0" in refusal("ensemble_seeds = true\n" + GRID + "[run]\nunfreeze = 2")
-
-
 @pytest.mark.parametrize(
     ("settings", "part"),
     [('framing = "resize"', 'framing = "tile"'), ('sampling = "tiles"', 'sampling = "crops"'), ('targets = "stars"', "lengths of rays")],

@@ -156,7 +156,7 @@ def test_unfrozen_stages_of_a_pyramid_learn_beside_a_frozen_first_one(dataset):
 
 def test_a_pixel_adapter_is_refused_for_a_pyramid(dataset):
     run = run_of("fpn", backbone="efficientnet-lite0", unfreeze=1, pixel_adapter=4)
-    with pytest.raises(CellbenchError, match="efficientnet-lite0 is a pyramid, whose first levels see the pixels. Set pixel_adapter = 0"):
+    with pytest.raises(CellbenchError, match="efficientnet-lite0 is a pyramid, whose first levels see the pixels"):
         trainers_of(dataset, [run], features_of(dataset, [run]))
 
 
@@ -199,6 +199,20 @@ def test_a_pixel_adapter_begins_as_the_frozen_backbone_and_learns_beside_lora_on
         learned = fed.model.eval()(batch)
         fed.model.adapter.to_tokens.weight.zero_(), fed.model.adapter.to_tokens.bias.zero_()
         assert not torch.equal(learned, fed.model(batch))
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_rank": 3, "pixel_adapter": 4}], ids=["blocks", "lora and adapter"])
+def test_an_ensemble_of_runs_with_trained_blocks_gives_the_mean_of_their_probabilities(dataset, settings):
+    tuned = {"unfreeze": 2, "lr": 1e-2, "tail_lr_scale": 0.5, **settings}
+    runs = [run_of("fpn", seed=0, **tuned), run_of("fpn", seed=1, **tuned), run_of("fpn", ensemble="0, 1", **tuned)]
+    features = features_of(dataset, runs)
+    trainers = trainers_of(dataset, runs, features)
+    fit(trainers, features)
+    batch = next(iter(features.tiles("test", WorkerPool(1))))[0]
+    with torch.no_grad():
+        first, second, mean = (trainer.model.eval()(batch).softmax(1) for trainer in trainers)
+    assert (first - second).abs().max() > 0.01
+    torch.testing.assert_close(mean, (first + second) / 2)
 
 
 @pytest.mark.slow

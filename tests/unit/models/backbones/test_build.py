@@ -142,7 +142,7 @@ def test_a_pyramid_that_cannot_be_cut_is_refused_and_so_are_all_its_stages() -> 
     import timm
 
     resnet = TimmPyramid(timm.create_model("resnet10t", pretrained=False), card("efficientnet-lite0"))
-    with pytest.raises(CellbenchError, match="ResNet cannot be cut between two stages. Set unfreeze = 0"):
+    with pytest.raises(CellbenchError, match="ResNet cannot be cut between two stages"):
         resnet.tail(1)
     with pytest.raises(CellbenchError, match="unfreeze = 5: the backbone has 5 stages, and at least the first must stay frozen"):
         open_backbone(card("efficientnet-lite0"), download=False).tail(5)
