@@ -6,8 +6,9 @@ the background divided by it; in dark field (fluorescence) it is the light beyon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -32,6 +33,10 @@ MOST_LIGHTER = 0.5
 """Largest number of pixels on the other side of the background, as a share of the foreground, in images that are normalised."""
 MOST_SPECKS = 0.02
 """That share of all pixels may always lie on the other side."""
+QUIET = 1.5
+"""Deviation of the noise in a normalised image, in grey levels, that is always left: blood smears and tissue have 0.4 to 1.4, dim fluorescence up to 8."""
+NOISE_STRIPS, NOISE_ROWS = 8, 64
+"""Noise is measured in this many strips of an image, of this many rows."""
 STRIP_ROWS = 512
 
 
@@ -48,11 +53,18 @@ class Estimate:
     """Of foreground in the image."""
     lighter: float
     """Of pixels on the other side of the background."""
+    noise: float
+    """Deviation of the noise in the mean of the channels, in grey levels of the image."""
 
     @property
     def one_sided(self) -> bool:
         """Whether this is bright or dark field; in phase contrast, cells are darker and lighter than the background."""
         return self.lighter <= max(MOST_LIGHTER * self.share, MOST_SPECKS)
+
+    @property
+    def noise_per_factor(self) -> float:
+        """Deviation of the noise in the normalised image's background, in grey levels, where amounts are not scaled."""
+        return WHITE * self.noise / (256 if self.dark_field else float(self.surface.mean()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +72,15 @@ class Background:
     """Each image's background becomes white and level, its foreground's median amount ``AMOUNT``; dark field is inverted.
 
     Independent of how many cells there are, where a mean over the image is not. Flat field and white balance are per channel, the amount's scale is
-    common to all, so hues of stains remain. An image whose background cannot be found is unchanged.
+    common to all, so hues of stains remain. Dim fluorescence becomes as strong as any, and its noise with it: an image with more noise than the training
+    images is smoothed until it has as much. An image whose background cannot be found is unchanged.
     """
 
     bright_field: float = AMOUNT
     """Typical amount in the training images: that of an image with hardly any foreground."""
     dark_field: float = AMOUNT
+    most_noise: float | None = None
+    """Deviation of the noise in a normalised image, in grey levels, beyond which it is smoothed; None in runs before ``NUMERICS_VERSION`` 6: never."""
 
     @classmethod
     def fitted(cls, images: Iterable[np.ndarray]) -> Background | None:
@@ -75,26 +90,35 @@ class Background:
             return None
         found = [one for one in all_estimates if one is not None and one.one_sided and one.share >= PRIOR_SHARE]
         bright, dark = ([one.amount for one in found if one.dark_field is which] for which in (False, True))
-        return cls(**{name: float(np.median(amounts)) for name, amounts in (("bright_field", bright), ("dark_field", dark)) if amounts})
+        fitted = cls(**{name: float(np.median(amounts)) for name, amounts in (("bright_field", bright), ("dark_field", dark)) if amounts})
+        noises = [fitted._factor(one) * one.noise_per_factor for one in found]
+        return replace(fitted, most_noise=max(QUIET, float(np.median(noises)) if noises else 0.0))
 
     def image(self, image: np.ndarray) -> np.ndarray:
         """The image (H, W, 3) uint8, foreground dark on white."""
         found = estimate(image)
         if found is None or not found.one_sided:
             return image
-        typical = self.dark_field if found.dark_field else self.bright_field
-        # A mean of logarithms: the dust of an empty image has no say, as it is few pixels or pale.
-        own = found.share / (found.share + PRIOR_SHARE)
-        factor = AMOUNT / np.exp(
-            own * np.log(max(found.amount, LEAST_OF_TYPICAL[found.dark_field] * typical)) + (1 - own) * np.log(typical)
-        )
+        factor = self._factor(found)
         # exp(-factor * amount) is a product of one factor by the pixel and one by the background, the first of 256 values only.
         levels, surface = np.arange(1, 257, dtype=np.float64), found.surface.astype(np.float64)
         if found.dark_field:
             of_level, of_surface = np.exp(-factor * levels / 256), np.exp(factor * surface / 256)
         else:
             of_level, of_surface = (levels / 256) ** factor, (surface / 256) ** -factor
-        return _times(image, (WHITE * of_level).astype(np.float32), of_surface.astype(np.float32))
+        out = _times(image, (WHITE * of_level).astype(np.float32), of_surface.astype(np.float32))
+        excess = factor * found.noise_per_factor / self.most_noise if self.most_noise else 0.0
+        # A Gaussian of deviation s leaves 1 / (2 s sqrt(pi)) of white noise.
+        return cv2.GaussianBlur(out, (0, 0), excess / (2 * math.sqrt(math.pi)), borderType=cv2.BORDER_REFLECT) if excess > 1 else out
+
+    def _factor(self, found: Estimate) -> float:
+        """What turns the image's amounts into densities of the normalised image."""
+        typical = self.dark_field if found.dark_field else self.bright_field
+        # A mean of logarithms: the dust of an empty image has no say, as it is few pixels or pale.
+        own = found.share / (found.share + PRIOR_SHARE)
+        return float(
+            AMOUNT / np.exp(own * np.log(max(found.amount, LEAST_OF_TYPICAL[found.dark_field] * typical)) + (1 - own) * np.log(typical))
+        )
 
 
 def estimate(image: np.ndarray) -> Estimate | None:
@@ -131,7 +155,19 @@ def estimate(image: np.ndarray) -> Estimate | None:
         amount=_median(amount[foreground], amount[foreground] if dark_field else np.ones(num)) if num else 0.0,
         share=num / foreground.size,
         lighter=float((amount - middle < -reach).mean()),
+        noise=noise_deviation(image),
     )
+
+
+def noise_deviation(image: np.ndarray) -> float:
+    """The deviation of an image's noise, of the mean of its channels, in grey levels: of (H, W, 3) uint8.
+
+    By a filter to which planes and edges along the axes are nothing (Immerkaer 1996), with the median of its values, so that cells count little.
+    """
+    tops = np.unique(np.linspace(0, max(len(image) - NOISE_ROWS, 0), NOISE_STRIPS).astype(int))
+    kernel = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32)
+    strips = (image[top : top + NOISE_ROWS].mean(axis=-1, dtype=np.float32) for top in tops)
+    return float(np.median(np.concatenate([np.abs(cv2.filter2D(strip, -1, kernel)).ravel() for strip in strips]))) / (6 * 0.6745)
 
 
 def thumbnail(image: np.ndarray) -> np.ndarray:

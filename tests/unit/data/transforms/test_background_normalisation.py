@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from skimage.measure import block_reduce
 
 from cellbench.data.io.images import read_image
 from cellbench.data.io.intensity import IntensityScaling
-from cellbench.data.transforms.background_normalisation import AMOUNT, WHITE, Background, estimate, thumbnail
+from cellbench.data.transforms.background_normalisation import AMOUNT, WHITE, Background, estimate, noise_deviation, thumbnail
+from cellbench.data.transforms.framing import Framing
+from cellbench.data.transforms.preprocessing import Preparation
 
 STAIN = np.array([0.9, 1.2, 0.6])
 HEIGHT, WIDTH = 480, 640
@@ -169,6 +172,51 @@ def test_grey_stays_grey() -> None:
     out = Background().image(grey)
     assert np.array_equal(out[..., 0], out[..., 1])
     assert np.array_equal(out[..., 0], out[..., 2])
+
+
+# --- noise
+
+
+def noisy(deviation: float, seed: int = 0) -> np.ndarray:
+    """Dim fluorescence whose noise has this deviation, the same in all channels."""
+    noise = np.random.default_rng(seed).normal(0, deviation, (HEIGHT, WIDTH, 1))
+    return (20 + 30 * CELLS[..., None] + noise + np.zeros(3)).clip(0, 255).round().astype(np.uint8)
+
+
+def background_noise(image: np.ndarray) -> float:
+    """The deviation of the pixels that are away from cells."""
+    return float(image[..., 0][gaussian_filter(CELLS.astype(float), 4) < 1e-3].std())
+
+
+@pytest.mark.parametrize("deviation", [1.5, 4, 6])
+@pytest.mark.parametrize("rows", [slice(0, 40), slice(None)])
+def test_the_noise_that_was_added_is_measured(deviation: float, rows: slice) -> None:
+    assert noise_deviation(noisy(deviation)[rows]) == pytest.approx(deviation, abs=0.25)  # of whole numbers the median is one, too
+
+
+@pytest.mark.parametrize("deviation", [3, 5])
+def test_an_image_with_more_noise_than_the_training_images_is_smoothed_to_the_noise_of_these(deviation: float) -> None:
+    fitted = Background.fitted([noisy(1, seed) for seed in range(3)])
+    usual = background_noise(fitted.image(noisy(1, 9)))
+    assert background_noise(replace(fitted, most_noise=None).image(noisy(deviation, 9))) > 2 * usual
+    assert background_noise(fitted.image(noisy(deviation, 9))) == pytest.approx(usual, rel=0.25)
+
+
+def test_an_image_with_the_noise_of_the_training_images_is_not_smoothed() -> None:
+    fitted = Background.fitted([noisy(deviation, seed) for seed, deviation in enumerate((2, 4, 4.5))])
+    assert fitted.most_noise > 1.5
+    assert np.array_equal(fitted.image(noisy(2, 9)), replace(fitted, most_noise=None).image(noisy(2, 9)))
+
+
+def test_a_clean_set_leaves_a_little_noise() -> None:
+    assert Background.fitted([noisy(0.3, seed) for seed in range(3)]).most_noise == 1.5
+
+
+def test_a_run_of_an_earlier_version_never_smooths() -> None:
+    record = Preparation(framing=Framing(kind="tile", side_px=224), normaliser=Background(most_noise=2.0)).to_dict()
+    assert Preparation.of(record).normaliser.most_noise == 2
+    del record["normaliser"]["most_noise"]
+    assert Preparation.of(record).normaliser.most_noise is None
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 50), (3, 5000), (5000, 3), (401, 7)])
