@@ -100,6 +100,13 @@ class Backbone(nn.Module):
         """
         raise CellbenchError(f"{type(self).__name__} cannot be cut between two blocks. Set unfreeze = 0, or take a backbone of timm.")
 
+    def check_first_stays_frozen(self, num_blocks: int, parts: str = "blocks") -> None:
+        """For :meth:`tail`. Raises CellbenchError where ``num_blocks`` is all of them; ``parts`` is their name in the message."""
+        if num_blocks >= len(self.levels):
+            raise CellbenchError(
+                f"unfreeze = {num_blocks}: the backbone has {len(self.levels)} {parts}, and at least the first must stay frozen."
+            )
+
     def train(self, mode: bool = True) -> Backbone:
         """Ignores ``mode``: frozen means eval mode, dropout and drop path included."""
         return super().train(False)

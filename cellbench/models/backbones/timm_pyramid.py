@@ -46,10 +46,7 @@ class TimmPyramid(Backbone):
     def tail(self, num_blocks: int) -> TrainableStages:
         """See ``Backbone.tail``."""
         self._check_can_cut()
-        if num_blocks >= len(self.levels):
-            raise CellbenchError(
-                f"unfreeze = {num_blocks}: the backbone has {len(self.levels)} stages, and at least the first must stay frozen."
-            )
+        self.check_first_stays_frozen(num_blocks, "stages")
         return TrainableStages(self.net, num_blocks)
 
     def _check_can_cut(self) -> None:

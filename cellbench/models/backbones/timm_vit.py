@@ -64,10 +64,7 @@ class TimmViT(Backbone):
     def tail(self, num_blocks: int) -> TrainableTail:
         """See ``Backbone.tail``."""
         self._check_can_cut()
-        if num_blocks >= len(self.levels):
-            raise CellbenchError(
-                f"unfreeze = {num_blocks}: the backbone has {len(self.levels)} blocks, and at least the first must stay frozen."
-            )
+        self.check_first_stays_frozen(num_blocks)
         return TrainableTail(self.net, num_blocks)
 
     def _check_can_cut(self) -> None:

@@ -82,6 +82,10 @@ def test_the_real_vit_tiny_gives_timms_features_and_the_known_numbers() -> None:
     assert weights_digest(it, VIT_TINY.parent) == "sha256:3f1f07da5e1337265ac1eb0234d13841467caf730b3c4240bd3f98c49bc16a92"
 
 
+def normed(map_BDhw: torch.Tensor) -> torch.Tensor:
+    return (map_BDhw - map_BDhw.mean(1, keepdim=True)) / (map_BDhw.var(1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+
+
 LITE = SHARED / "weights" / "tf_efficientnet_lite0.safetensors"
 
 
@@ -106,12 +110,7 @@ def test_the_packaged_efficientnet_gives_timms_own_features_of_an_independent_co
         (tmp_path / "efficientnet-lite0.safetensors").write_bytes(LITE.read_bytes())
         found = open_backbone(card("efficientnet-lite0"), folder, download=False)(x, (0, 1, 2, 3, 4))
         for ours, theirs in zip(found, wanted, strict=True):
-            normed = (theirs - theirs.mean(1, keepdim=True)) / (theirs.var(1, keepdim=True, unbiased=False) + 1e-6).sqrt()
-            torch.testing.assert_close(ours, normed, rtol=1e-4, atol=1e-4, msg=name)
-
-
-def normed(map_BDhw: torch.Tensor) -> torch.Tensor:
-    return (map_BDhw - map_BDhw.mean(1, keepdim=True)) / (map_BDhw.var(1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+            torch.testing.assert_close(ours, normed(theirs), rtol=1e-4, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(
