@@ -35,6 +35,7 @@ def test_the_tour_runs_from_an_empty_folder_to_counted_cells(
     assert all(any(shorter in cell.source for cell in notebook.cells) for shorter in SHORTER.values())
     monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path.parent))  # where it makes its folder
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     output = shown(notebook)
     assert "Best on average is" in output

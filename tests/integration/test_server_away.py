@@ -10,7 +10,6 @@ import time
 import urllib.error
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
@@ -172,7 +171,7 @@ with Tracker("small").run("one", "f1") as run:
     (run,) = [run for run in Tracker("small", make=False).stored() if run.name == "one"]
     assert (run.status, run.params["seed"], run.metrics["val/dice"]) == ("finished", "3", 0.5)
     assert mlflow.MlflowClient().get_run(run.run_id).info.status == "FINISHED"
-    assert Path(mlflow.artifacts.download_artifacts(run_id=run.run_id, artifact_path="figures/a.txt")).read_text() == "seen"
+    assert mlflow.artifacts.load_text(f"runs:/{run.run_id}/figures/a.txt") == "seen"
     assert not list((tmp_path / "cache" / "offline_queue").glob("*/*"))
 
 
