@@ -109,6 +109,8 @@ class Experiment(StrictModel):
     """Where ``crops_per_image`` is not set: about this many training tiles in an epoch, at least one of each image. 0: as ``crops_per_image`` says."""
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     """Lists of backbones, heads, seeds and any setting of ``[run]``: one run for each combination."""
+    pair: tuple[dict[str, Any], ...] = ()
+    """``[[pair]]`` tables, in place of backbones and heads in ``[grid]``: a ``backbone``, a ``head``, and settings and options for their runs only."""
     run: dict[str, Any] = Field(default_factory=dict)
     """Settings that all runs share."""
     head: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -151,18 +153,7 @@ class Experiment(StrictModel):
                 raise CellbenchError(f"{where}: [grid] {key} names a value twice: {values}. Every point of the grid is one run.")
             if key in experiment.run:
                 raise CellbenchError(f"{where}: '{key}' is set in [grid] and in [run]. Keep one of them.")
-        for key in ("backbone", "head"):
-            if ("backbone" in experiment.grid) != ("head" in experiment.grid):
-                raise CellbenchError(f"{where}: [grid] needs both 'backbone' and 'head', or neither where only baselines run.")
-            for name in experiment.grid.get(key, []):
-                if not isinstance(name, str):
-                    raise CellbenchError(f"{where}: [grid] {key} holds {name!r}. Names of cards are expected, in quotes.")
-        if "backbone" not in experiment.grid:
-            if not experiment.baselines:
-                raise CellbenchError(f"{where}: has no runs. Give [grid] backbone and head lists, or baselines.")
-            for key in experiment.grid:
-                if key not in ("seed", "fold"):
-                    raise CellbenchError(f"{where}: [grid] {key} is for backbones with heads. Baselines take it from [run].")
+        experiment._check_models(where)
         if experiment.ensemble_best == 1:
             raise CellbenchError(f"{where}: ensemble_best = 1: an ensemble has two members or more. 0 makes none.")
         if experiment.data.fold:
@@ -183,24 +174,49 @@ class Experiment(StrictModel):
             seen.add(facts)
         return experiment
 
+    def _check_models(self, where: str) -> None:
+        """Raises CellbenchError unless there is something to run: backbones and heads, pairs of them, or baselines."""
+        for key in ("backbone", "head"):
+            if self.pair and key in self.grid:
+                raise CellbenchError(f"{where}: '{key}' is set in [grid] and in [[pair]]. Keep one of them.")
+            if ("backbone" in self.grid) != ("head" in self.grid):
+                raise CellbenchError(f"{where}: [grid] needs both 'backbone' and 'head', or neither where only baselines or pairs run.")
+            for name in self.grid.get(key, []):
+                if not isinstance(name, str):
+                    raise CellbenchError(f"{where}: [grid] {key} holds {name!r}. Names of cards are expected, in quotes.")
+        for number, pair in enumerate(self.pair, 1):
+            for key in ("backbone", "head"):
+                if not isinstance(pair.get(key), str):
+                    raise CellbenchError(f"{where}: [[pair]] {number} needs '{key}', the name of a card in quotes.")
+            for key in ("seed", "fold", *self.grid):
+                if key in pair:
+                    raise CellbenchError(
+                        f"{where}: '{key}' is set in [[pair]] {number}. Set it in [grid], which is the same for all pairs."
+                    )
+        if "backbone" not in self.grid and not self.pair:
+            if not self.baselines:
+                raise CellbenchError(f"{where}: has no runs. Give [grid] backbone and head lists, [[pair]] tables, or baselines.")
+            for key in self.grid:
+                if key not in ("seed", "fold"):
+                    raise CellbenchError(f"{where}: [grid] {key} is for backbones with heads. Baselines take it from [run].")
+
 
 def expand(experiment: Experiment, where: str = "experiment", trained: Mapping[str, bool] | None = None) -> list[RunSpec]:
     """All runs of an experiment: the product of its grid, then its baselines; in all folds, unless ``[grid]`` or ``[run]`` selects some.
 
-    A baseline has the settings of ``[run]`` and of its own table. It runs once for each ``seed`` of the grid, or once in total if it is not
-    trained. Ensembles of seeds come last.
+    Where it lists pairs, each of them runs at every point of the grid. A baseline has the settings of ``[run]`` and of its own table. It runs once
+    for each ``seed`` of the grid, or once in total if it is not trained. Ensembles of seeds come last.
     """
     runs: list[RunSpec] = []
     folds = experiment.grid.get(
         "fold", [experiment.run["fold"]] if "fold" in experiment.run else list(range(max(experiment.data.folds, 1)))
     )
-    if "backbone" in experiment.grid:
-        grid = {**experiment.grid, "fold": folds}
-        names = list(grid)
-        for values in itertools.product(*grid.values()):
-            point = dict(zip(names, values, strict=True))
-            own = experiment.head.get(point["head"], {})
-            runs.append(_run({**experiment.run, **point}, own, where, f"head.{point['head']}"))
+    pairs = experiment.pair or ({},) * ("backbone" in experiment.grid)
+    grid = {**experiment.grid, "fold": folds}
+    for pair, *values in itertools.product(pairs, *grid.values()):
+        point = {**dict(zip(grid, values, strict=True)), **{key: pair[key] for key in ("backbone", "head") if key in pair}}
+        own = {**experiment.head.get(point["head"], {}), **{key: value for key, value in pair.items() if key not in point}}
+        runs.append(_run({**experiment.run, **point}, own, where, f"head.{point['head']}"))
     for baseline in experiment.baselines:
         learns = True if trained is None else trained[baseline]
         seeds = experiment.grid.get("seed", [experiment.run.get("seed", 0)]) if learns else [0]

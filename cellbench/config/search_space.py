@@ -29,6 +29,7 @@ GRID_ONLY = {
     "baselines": "a search compares settings of heads. A grid with the best setting, which best.toml holds, compares it with baselines",
     "baseline": "a search compares settings of heads, and has no baselines",
     "tiles_per_epoch": "the trials of a search all have the same crops. Set crops_per_image in [run]",
+    "pair": "a search has backbones and heads in [space], and tries them together",
     "grid": "a search has [space] in its place, from which trials are drawn",
 }
 """Parts of an experiment that a search does not have, and why."""

@@ -118,12 +118,14 @@ def run_experiment(plan: ExperimentPlan, tracker: Tracker, say: Say, say_result:
 def _parent_run(plan: ExperimentPlan, tracker: Tracker) -> Iterator[Run]:
     """Opens the parent run of the grid in MLflow: the same one each time the same grid is started."""
     precision, data = plan.resources.machine.precision_name, pool_folds(plan.datasets)
-    tree = plan.experiment.model_dump(mode="json", exclude=None if plan.experiment.ensemble_seeds else {"ensemble_seeds"})
+    unset = {name for name in ("ensemble_seeds", "pair") if not getattr(plan.experiment, name)}
+    tree = plan.experiment.model_dump(mode="json", exclude=unset)
     for name in ("tests", "perturb"):  # a grid of an older version, or with more tests than before, keeps its parent run
         del tree["data"][name]
     del tree["ensemble_best"]
     key = facts_digest([tree, data, precision])
     params = {f"grid.{name}": ", ".join(map(str, values)) for name, values in plan.experiment.grid.items()}
+    params |= {"pairs": ", ".join(f"{pair['backbone']} · {pair['head']}" for pair in plan.experiment.pair)} if plan.experiment.pair else {}
     params |= {"baselines": ", ".join(plan.experiment.baselines) or "none", "dataset": plan.datasets[0].name, "precision": precision}
     with tracker.parent_run(f"grid: {Path(plan.options.file).stem}", key, params, data) as parent:
         parent.log({"grid/runs": len(plan.runs)})

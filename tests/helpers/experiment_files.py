@@ -59,7 +59,9 @@ def finished_results() -> dict[str, tuple[dict[str, float], bytes]]:
             assert run.data.tags["cellbench.status"] == "finished", run.data.tags.get("cellbench.reason")
             head = Path(run.info.artifact_uri.removeprefix("file://")) / "head.safetensors"
             if run.info.artifact_uri.startswith("mlflow-artifacts:") and run.data.params["head"] != "none":
-                head = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="head.safetensors", dst_path=run.info.run_id))
+                head = Path(
+                    mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path="head.safetensors", dst_path=run.info.run_id)
+                )
             numbers = {name: value for name, value in run.data.metrics.items() if not name.startswith(("cost/", "system/"))}
             assert run.info.run_name not in out, "run twice"
             out[run.info.run_name] = numbers, head.read_bytes() if head.is_file() else b""

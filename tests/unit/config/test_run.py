@@ -45,6 +45,28 @@ def test_run_settings_reach_all_runs_and_those_of_a_head_its_own_only() -> None:
     assert {(run.head, run.lr, run.options.get("width")) for run in runs} == {("fpn", 0.5, 32), ("bilinear", 1e-3, None)}
 
 
+PAIRS = """
+[[pair]]
+backbone = "uni"
+head = "fpn"
+epochs = 3
+width = 64
+[[pair]]
+backbone = "dinobloom-s"
+head = "bilinear"
+"""
+
+
+def test_pairs_run_alone_with_their_own_settings_at_each_point_of_the_grid() -> None:
+    runs = expand(experiment(PAIRS + "[grid]\nseed = [0, 1]\n[run]\nepochs = 5\n[head.fpn]\nepochs = 4\nlr = 0.5"))
+    assert [(run.backbone, run.head, run.seed, run.epochs, run.lr, run.options) for run in runs] == [
+        ("uni", "fpn", 0, 3, 0.5, {"width": 64}),
+        ("uni", "fpn", 1, 3, 0.5, {"width": 64}),
+        ("dinobloom-s", "bilinear", 0, 5, 1e-3, {}),
+        ("dinobloom-s", "bilinear", 1, 5, 1e-3, {}),
+    ]
+
+
 def test_a_trained_baseline_runs_once_a_seed_and_an_untrained_one_once() -> None:
     runs = expand(experiment('baselines = ["otsu", "unet"]\n' + GRID), trained={"otsu": False, "unet": True})
     assert [(run.baseline, run.seed) for run in runs if run.baseline] == [("otsu", 0), ("unet", 0), ("unet", 1), ("unet", 2)]
@@ -96,6 +118,12 @@ def test_a_wrong_key_or_value_is_one_line_that_names_it_and_what_would_be_right(
         (GRID + "lr = [0.1, 0.1]", "names a value twice"),
         (GRID + "epochs = [1, 2]\n[run]\nepochs = 3", "'epochs' is set in [grid] and in [run]"),
         ('baselines = ["unet"]\n[grid]\nlr = [0.1, 0.2]', "[grid] lr"),
+        (PAIRS + GRID, "'backbone' is set in [grid] and in [[pair]]"),
+        (PAIRS + "[grid]\nepochs = [1, 2]", "'epochs' is set in [[pair]] 1"),
+        (PAIRS + "fold = 1", "'fold' is set in [[pair]] 2"),
+        ('[[pair]]\nbackbone = "uni"', "[[pair]] 1 needs 'head'"),
+        ('[[pair]]\nbackbone = "uni"\nhead = 3', "[[pair]] 1 needs 'head'"),
+        (PAIRS + PAIRS, "twice"),
     ],
 )
 def test_a_contradictory_experiment_is_refused(text: str, says: str) -> None:
