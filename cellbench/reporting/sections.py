@@ -298,8 +298,9 @@ class _TestSetReport:
         """Stored figures of a model's run."""
         run = model.example_run
         images = self.results.examples.get(run.record.run_id, {})
+        seed = f", seed {run.seed}" if len(model.by_seed) > 1 else ""
         fold = f", fold {run.fold}" if run.fold is not None else ""
-        of = f"of {model.name}, seed {run.seed}{fold}"
+        of = f"of {model.name}{seed}{fold}"
         num = len(run.per_image["images"])
         sizes = {"worst": len(self.here.images)}  # of all folds
         captions = {"scores": f"Scores {of}.", "curves": f"Training {of}."}
