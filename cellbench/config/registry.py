@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from cellbench.config.cards import (
     MetricCard,
     read_card,
 )
-from cellbench.config.run import RunSpec, weighted_terms
+from cellbench.config.run import RUN_KEYS, RunSpec, weighted_terms
 from cellbench.errors import CellbenchError, keeping_on, unknown_name
 from cellbench.files import facts_digest, text_digest, to_nfc
 from cellbench.startup import without_compiler
@@ -164,7 +165,7 @@ class Registry:
     def resolve(self, run: RunSpec) -> RunParts:
         """The run and its cards. Raises CellbenchError for an option that the card lacks, and for an unknown backbone, loss or augmentation."""
         card = self.part(run)
-        options = with_defaults(card.options, run.options, f"{'baseline' if run.baseline else 'head'}.{card.id}")
+        options = with_defaults(card.options, run.options, f"{'baseline' if run.baseline else 'head'}.{card.id}", RUN_KEYS)
         backbone = self.backbone(run.backbone) if run.backbone else None
         self.terms(run)
         return RunParts(registry=self, run=run.model_copy(update={"options": options}), card=card, backbone=backbone)
@@ -189,11 +190,14 @@ def _is_file_name(name: str) -> bool:
     return not {"/", "\0"} & set(name) and len(name.encode("utf-8", "surrogateescape")) < 200
 
 
-def with_defaults(defaults: dict[str, Scalar], given: dict[str, Scalar], where: str) -> dict[str, Scalar]:
-    """``defaults`` updated by ``given``. Raises CellbenchError for a name without a default or a value of another type."""
+def with_defaults(defaults: dict[str, Scalar], given: dict[str, Scalar], where: str, beside: Sequence[str] = ()) -> dict[str, Scalar]:
+    """``defaults`` updated by ``given``. Raises CellbenchError for a name without a default or a value of another type.
+
+    ``beside``: other names that the table ``where`` may have, for the message.
+    """
     for key, value in given.items():
         if key not in defaults:
-            raise unknown_name("setting", key, defaults, where=f"[{where}]")
+            raise unknown_name("setting", key, (*defaults, *beside), where=f"[{where}]")
         default = defaults[key]
         fits = isinstance(value, type(default)) or (isinstance(default, float) and isinstance(value, int))
         if not fits or isinstance(value, bool) != isinstance(default, bool):

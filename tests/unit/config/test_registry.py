@@ -136,6 +136,7 @@ def test_options_come_from_the_card_and_the_runs_own_lie_over_them() -> None:
     ("run", "says"),
     [
         (RunSpec(backbone="uni", head="fpn", options={"widht": 3}), "[head.fpn]: no setting called 'widht'. Did you mean 'width'?"),
+        (RunSpec(backbone="uni", head="fpn", options={"epohcs": 3}), "[head.fpn]: no setting called 'epohcs'. Did you mean 'epochs'?"),
         (RunSpec(backbone="uni", head="fpn", options={"width": "3"}), "[head.fpn] width = '3': a whole number is expected"),
         (RunSpec(backbone="uni", head="fpn", options={"width": 3.5}), "width = 3.5: a whole number is expected"),
         (RunSpec(backbone="uni", head="fpn", options={"width": True}), "width = True: a whole number is expected"),
