@@ -179,8 +179,9 @@ class Experiment(StrictModel):
         for key in ("backbone", "head"):
             if self.pair and key in self.grid:
                 raise CellbenchError(f"{where}: '{key}' is set in [grid] and in [[pair]]. Keep one of them.")
-            if ("backbone" in self.grid) != ("head" in self.grid):
-                raise CellbenchError(f"{where}: [grid] needs both 'backbone' and 'head', or neither where only baselines or pairs run.")
+        if ("backbone" in self.grid) != ("head" in self.grid):
+            raise CellbenchError(f"{where}: [grid] needs both 'backbone' and 'head', or neither where only baselines or pairs run.")
+        for key in ("backbone", "head"):
             for name in self.grid.get(key, []):
                 if not isinstance(name, str):
                     raise CellbenchError(f"{where}: [grid] {key} holds {name!r}. Names of cards are expected, in quotes.")
@@ -211,11 +212,13 @@ def expand(experiment: Experiment, where: str = "experiment", trained: Mapping[s
     folds = experiment.grid.get(
         "fold", [experiment.run["fold"]] if "fold" in experiment.run else list(range(max(experiment.data.folds, 1)))
     )
-    pairs = experiment.pair or ({},) * ("backbone" in experiment.grid)
+    pairs: tuple[dict[str, Any], ...] = experiment.pair
+    if "backbone" in experiment.grid:
+        pairs = ({},)  # the grid itself names backbones and heads
     grid = {**experiment.grid, "fold": folds}
     for pair, *values in itertools.product(pairs, *grid.values()):
-        point = {**dict(zip(grid, values, strict=True)), **{key: pair[key] for key in ("backbone", "head") if key in pair}}
-        own = {**experiment.head.get(point["head"], {}), **{key: value for key, value in pair.items() if key not in point}}
+        point = dict(zip(grid, values, strict=True)) | {key: pair[key] for key in ("backbone", "head") if key in pair}
+        own = experiment.head.get(point["head"], {}) | {key: value for key, value in pair.items() if key not in point}
         runs.append(_run({**experiment.run, **point}, own, where, f"head.{point['head']}"))
     for baseline in experiment.baselines:
         learns = True if trained is None else trained[baseline]
